@@ -1,0 +1,9 @@
+//! The engine of vhostd: what runs once per request or once per block.
+//!
+//! Dependencies point one way: `worker` → `ring`, `request`, `volume`; `volume` → `map`, `log`;
+//! `log` → `segment`, `io`; `device` → `segment`, `io`. `ring` knows nothing of `log`; `segment`
+//! does no I/O; `io` is a trait with an io_uring and a simulated implementation.
+
+pub mod crc;
+pub mod io;
+pub mod types;
