@@ -6,4 +6,5 @@
 
 pub mod crc;
 pub mod io;
+pub mod segment;
 pub mod types;

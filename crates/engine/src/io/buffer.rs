@@ -54,7 +54,10 @@ impl IoBuf {
     /// If the part is not inside the range.
     #[must_use]
     pub fn slice(&self, start: usize, len: usize) -> Self {
-        assert!(start.checked_add(len).is_some_and(|end| end <= self.len), "slice outside buffer");
+        assert!(
+            start.checked_add(len).is_some_and(|end| end <= self.len),
+            "slice outside buffer"
+        );
         // SAFETY: inside the range, by the assertion; the promise of the whole covers the part.
         unsafe { Self::new(self.ptr.add(start), len) }
     }

@@ -40,7 +40,11 @@ pub enum Op {
     /// Writes `bufs` at `offset_bytes`. `direct` asks for O_DIRECT: offset, lengths and buffer
     /// addresses are then multiples of 4 KiB. A short write is carried on by the implementation:
     /// the completion is for the whole or an error.
-    Write { offset_bytes: u64, bufs: Vec<IoBuf>, direct: bool },
+    Write {
+        offset_bytes: u64,
+        bufs: Vec<IoBuf>,
+        direct: bool,
+    },
     /// Makes completed writes durable (fdatasync).
     Sync,
     /// Creates the segment with `header` as its first block; both the block and the segment's

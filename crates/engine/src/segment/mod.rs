@@ -1,0 +1,87 @@
+//! The bytes of segments: headers, records, footers. `docs/format.md` is the specification.
+//!
+//! Nothing here does I/O. Everything that is parsed comes from a disk and may be anything: parsing
+//! checks every length before it is used, never panics, and says which field is wrong.
+
+mod footer;
+mod header;
+mod record;
+
+pub use footer::{FooterBuilder, RecordSummary, TRAILER_BYTES, Trailer};
+pub use header::{SegmentHeader, SegmentKind};
+pub use record::{
+    ENTRY_BYTES, Entry, EntryKind, MAX_RECORD_BLOCKS, MAX_RECORD_ENTRIES, OpenRecord,
+    RECORD_ENTRIES_OFFSET, Record, RecordIdentity, fits_in_record,
+};
+
+use crate::crc::crc32c;
+
+/// Why bytes are not the structure they were taken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum FormatError {
+    #[error("there is no {0} here (its magic is missing)")]
+    Magic(&'static str),
+    #[error("the {0} has format version {1}, and this vhostd knows only version 1")]
+    Version(&'static str, u16),
+    #[error("the {0} does not match its checksum")]
+    Checksum(&'static str),
+    #[error("the {structure}'s field '{field}' is out of its range or not that of this place")]
+    Field {
+        structure: &'static str,
+        field: &'static str,
+    },
+}
+
+/// The only format version there is.
+const VERSION: u16 = 1;
+
+fn get_u16(bytes: &[u8], at: usize) -> u16 {
+    u16::from_le_bytes(array(bytes, at))
+}
+
+fn get_u32(bytes: &[u8], at: usize) -> u32 {
+    u32::from_le_bytes(array(bytes, at))
+}
+
+fn get_u64(bytes: &[u8], at: usize) -> u64 {
+    u64::from_le_bytes(array(bytes, at))
+}
+
+/// `N` bytes from `at`; the callers have checked the structure's length.
+fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+    let mut out = [0; N];
+    out.copy_from_slice(&bytes[at..at + N]);
+    out
+}
+
+fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+    bytes[at..at + value.len()].copy_from_slice(value);
+}
+
+/// CRC-32C of a structure with its 4-byte checksum field at `field` taken as zero.
+fn checksum_without(bytes: &[u8], field: usize) -> u32 {
+    let mut copy = [0u8; crate::types::BLOCK_BYTES];
+    let copy = &mut copy[..bytes.len()];
+    copy.copy_from_slice(bytes);
+    copy[field..field + 4].fill(0);
+    crc32c(copy)
+}
+
+/// Checks magic, version and checksum of a one-block structure.
+fn check_block(
+    bytes: &[u8],
+    magic: &[u8; 4],
+    structure: &'static str,
+    checksum_at: usize,
+) -> Result<(), FormatError> {
+    if bytes.len() != crate::types::BLOCK_BYTES || bytes[..4] != magic[..] {
+        return Err(FormatError::Magic(structure));
+    }
+    if checksum_without(bytes, checksum_at) != get_u32(bytes, checksum_at) {
+        return Err(FormatError::Checksum(structure));
+    }
+    match get_u16(bytes, 4) {
+        VERSION => Ok(()),
+        other => Err(FormatError::Version(structure, other)),
+    }
+}
