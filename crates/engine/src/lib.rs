@@ -7,4 +7,6 @@
 pub mod crc;
 pub mod io;
 pub mod segment;
+pub mod request;
+pub mod ring;
 pub mod types;
