@@ -129,8 +129,9 @@ class InternalError(VhostdError):
     exit_code = 70
 
 
+_BASE: type[VhostdError] = VhostdError
 _BY_RPC_CODE: dict[int, type[VhostdError]] = {
-    error.rpc_code: error for error in (*VhostdError.__subclasses__(), VhostdError)
+    error.rpc_code: error for error in (_BASE, *_BASE.__subclasses__())
 }
 
 
