@@ -13,11 +13,20 @@ use crate::types::BLOCK_BYTES;
 ///
 /// The memory may be a guest's: it can change under our hands at any time, so it is never seen
 /// as a Rust reference, only copied through the pointer.
+///
+/// Laid out as `struct iovec`, so that a list of them is handed to the kernel as it is.
+#[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct IoBuf {
     ptr: *mut u8,
     len: usize,
 }
+
+const _: () = {
+    assert!(size_of::<IoBuf>() == size_of::<libc::iovec>());
+    assert!(std::mem::offset_of!(IoBuf, ptr) == std::mem::offset_of!(libc::iovec, iov_base));
+    assert!(std::mem::offset_of!(IoBuf, len) == std::mem::offset_of!(libc::iovec, iov_len));
+};
 
 // SAFETY: an IoBuf is a number and a length; whoever dereferences it relies on the promise given
 // to `IoBuf::new`, which holds on every thread.

@@ -9,8 +9,10 @@
 //! - An implementation belongs to one thread.
 
 mod buffer;
+mod uring;
 
 pub use buffer::{AlignedBuf, IoBuf};
+pub use uring::{UringIo, WatchId};
 
 use std::io;
 use std::time::Duration;

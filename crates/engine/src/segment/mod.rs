@@ -33,33 +33,33 @@ pub enum FormatError {
 }
 
 /// The only format version there is.
-const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 1;
 
-fn get_u16(bytes: &[u8], at: usize) -> u16 {
+pub(crate) fn get_u16(bytes: &[u8], at: usize) -> u16 {
     u16::from_le_bytes(array(bytes, at))
 }
 
-fn get_u32(bytes: &[u8], at: usize) -> u32 {
+pub(crate) fn get_u32(bytes: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(array(bytes, at))
 }
 
-fn get_u64(bytes: &[u8], at: usize) -> u64 {
+pub(crate) fn get_u64(bytes: &[u8], at: usize) -> u64 {
     u64::from_le_bytes(array(bytes, at))
 }
 
 /// `N` bytes from `at`; the callers have checked the structure's length.
-fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
+pub(crate) fn array<const N: usize>(bytes: &[u8], at: usize) -> [u8; N] {
     let mut out = [0; N];
     out.copy_from_slice(&bytes[at..at + N]);
     out
 }
 
-fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
+pub(crate) fn put(bytes: &mut [u8], at: usize, value: &[u8]) {
     bytes[at..at + value.len()].copy_from_slice(value);
 }
 
 /// CRC-32C of a structure with its 4-byte checksum field at `field` taken as zero.
-fn checksum_without(bytes: &[u8], field: usize) -> u32 {
+pub(crate) fn checksum_without(bytes: &[u8], field: usize) -> u32 {
     let mut copy = [0u8; crate::types::BLOCK_BYTES];
     let copy = &mut copy[..bytes.len()];
     copy.copy_from_slice(bytes);
@@ -68,7 +68,7 @@ fn checksum_without(bytes: &[u8], field: usize) -> u32 {
 }
 
 /// Checks magic, version and checksum of a one-block structure.
-fn check_block(
+pub(crate) fn check_block(
     bytes: &[u8],
     magic: &[u8; 4],
     structure: &'static str,
