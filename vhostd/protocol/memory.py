@@ -1,7 +1,8 @@
 """The guest's memory as a table of regions: what a front-end may share, and what is refused.
 
 Invariants:
-- No two regions overlap, in guest addresses or in user addresses; none is empty or wraps.
+- No two regions overlap in guest addresses; none is empty or wraps. User addresses may overlap:
+  they are the front-end's names for places, and memory that a guest sees twice has one such name.
 - A region lies within its file at the time it is given, and the file is one that has a size.
 
 A table is immutable: a change makes a new one, which the session keeps only after the engine has
@@ -100,15 +101,10 @@ class MemoryTable:
                     f"wraps around the end of {what}"
                 )
         for other in self.regions:
-            if _overlap(region.guest_address, other.guest_address, region, other):
+            if _overlap(region, other):
                 raise RefusedError(
                     f"guest memory at {region.guest_address:#x} overlaps the region at "
-                    f"{other.guest_address:#x} in guest addresses"
-                )
-            if _overlap(region.user_address, other.user_address, region, other):
-                raise RefusedError(
-                    f"guest memory at {region.guest_address:#x} overlaps the region at "
-                    f"{other.guest_address:#x} in user addresses"
+                    f"{other.guest_address:#x}"
                 )
         return MemoryTable((*self.regions, region))
 
@@ -130,10 +126,11 @@ class MemoryTable:
         return sum(region.size_bytes for region in self.regions)
 
 
-def _overlap(
-    start: int, other_start: int, region: RegionDescription, other: RegionDescription
-) -> bool:
-    return start < other_start + other.size_bytes and other_start < start + region.size_bytes
+def _overlap(one: RegionDescription, other: RegionDescription) -> bool:
+    return (
+        one.guest_address < other.guest_address + other.size_bytes
+        and other.guest_address < one.guest_address + one.size_bytes
+    )
 
 
 def _same_place(one: RegionDescription, other: RegionDescription) -> bool:

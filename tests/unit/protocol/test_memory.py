@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -38,19 +36,22 @@ def test_a_region_may_end_at_the_very_top() -> None:
 
 
 @pytest.mark.parametrize(
-    ("other", "reason"),
+    "other",
     [
-        (region(0x1000, 0x1000, 0x9000), "in guest addresses"),
-        (region(0x1FFF, 1, 0x9000), "in guest addresses"),
-        (region(0, 0x1001, 0x9000), "in guest addresses"),
-        (region(0, TOP, 0x9000), "addresses"),
-        (region(0x9000, 0x1000, 0x1000), "in user addresses"),
-        (region(0x9000, 1, 0x1FFF), "in user addresses"),
+        region(0x1000, 0x1000, 0x9000),
+        region(0x1FFF, 1, 0x9000),
+        region(0, 0x1001, 0x9000),
+        region(0, TOP, 0),
     ],
 )
-def test_regions_that_overlap_are_refused(other: RegionDescription, reason: str) -> None:
-    with pytest.raises(RefusedError, match=reason):
+def test_regions_that_overlap_are_refused(other: RegionDescription) -> None:
+    with pytest.raises(RefusedError, match="overlaps the region at 0x1000"):
         MemoryTable.of([region(0x1000, 0x1000), other])
+
+
+def test_memory_that_a_guest_sees_twice_may_have_one_user_address() -> None:
+    table = MemoryTable.of([region(0x1000, 0x1000), region(0x9000, 0x1000, 0x1000)])
+    assert table.without(region(0x9000, 0x1000, 0x1000)).regions == (region(0x1000, 0x1000),)
 
 
 def test_regions_that_touch_do_not_overlap() -> None:
@@ -94,23 +95,16 @@ SMALL = st.integers(0, 40)
 def test_a_table_never_holds_regions_that_overlap(offered: list[RegionDescription]) -> None:
     table = MemoryTable()
     for one in offered:
-        bytes_of = {
-            kind: {
-                byte
-                for r in table.regions
-                for byte in range(getattr(r, kind), getattr(r, kind) + r.size_bytes)
-            }
-            for kind in ("guest_address", "user_address")
+        taken = {
+            byte
+            for r in table.regions
+            for byte in range(r.guest_address, r.guest_address + r.size_bytes)
         }
-        free = one.size_bytes > 0 and all(
-            taken.isdisjoint(range(getattr(one, kind), getattr(one, kind) + one.size_bytes))
-            for kind, taken in bytes_of.items()
-        )
+        wanted = range(one.guest_address, one.guest_address + one.size_bytes)
+        free = one.size_bytes > 0 and taken.isdisjoint(wanted)
         try:
             table = table.with_region(one)
         except RefusedError:
             assert not free
         else:
             assert free
-    for one, other in itertools.combinations(table.regions, 2):
-        assert one != other
