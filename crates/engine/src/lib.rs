@@ -8,7 +8,10 @@
 pub mod crc;
 pub mod device;
 pub mod io;
+pub mod log;
+pub mod map;
 pub mod segment;
 pub mod request;
 pub mod ring;
 pub mod types;
+pub mod volume;

@@ -8,11 +8,15 @@
 //!   completion the submitter had seen *before submitting the sync* is durable.
 //! - An implementation belongs to one thread.
 
+mod blocking;
 mod buffer;
 mod uring;
+mod tokens;
 
+pub use blocking::BlockingIo;
 pub use buffer::{AlignedBuf, IoBuf};
 pub use uring::{UringIo, WatchId};
+pub use tokens::Tokens;
 
 use std::io;
 use std::time::Duration;

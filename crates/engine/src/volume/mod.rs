@@ -1,0 +1,695 @@
+//! One open volume: requests over its map and its log.
+//!
+//! A volume belongs to one worker, which calls it from one thread:
+//! `submit` for each request of a batch, `on_completion` for each completed operation, then `advance`
+//! once, then `take_finished`. Nothing here blocks. A request that cannot go on is parked (for a node
+//! of the map, for room in the log, for a read) and run again from its current step when that came.
+//!
+//! Invariants (docs: design numbers in brackets):
+//! - A write is acknowledged only after its record entry is committed in the staging ring (2).
+//! - No bytes reach a guest that did not match their checksum (5).
+//! - The map is changed only behind a committed entry, in the order of the log (3).
+//! - A segment's file is removed only when a committed checkpoint that covers it has nothing live in
+//!   it, and no read of it is in flight (6).
+
+mod checkpoint;
+mod modify;
+mod open;
+mod read;
+mod space;
+
+use std::collections::{HashMap, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+pub use checkpoint::{CheckpointResult, CheckpointState};
+pub use open::{VolumeSpec, open};
+pub use space::{SegmentRow, SpaceTotals};
+
+pub use crate::log::{LogPosition, Now};
+
+use crate::device::SegmentNumbers;
+use crate::io::{AlignedBuf, Completion, DeviceId, Io, IoBuf, Op, Target, Token, Tokens};
+use crate::log::{Log, LogEvent};
+use crate::map::{Displaced, Extents, Map, NodeLocation};
+use crate::types::{BLOCK_BYTES, Epoch, SegmentNumber, Uuid};
+use checkpoint::Checkpoints;
+use modify::Modify;
+use read::{ReadOp, ReadState};
+use space::SpaceTable;
+
+/// Within a volume's token range, the log's tokens start here.
+const LOG_TOKENS: u64 = 1 << 39;
+/// Length of a volume's token range.
+pub const TOKEN_RANGE: u64 = 1 << 40;
+
+/// Chosen by whoever submits a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RequestId(pub u64);
+
+/// What a request asks. Offsets and lengths are multiples of 512, inside the volume; the submitter has
+/// checked that against [`Volume::size_bytes`].
+#[derive(Debug)]
+pub enum RequestKind {
+    Read {
+        offset_bytes: u64,
+        into: Vec<IoBuf>,
+    },
+    Write {
+        offset_bytes: u64,
+        from: Vec<IoBuf>,
+    },
+    Flush,
+    /// Discard (`exact` false: parts of blocks may be left alone) or write-zeroes (`exact` true).
+    Unmap {
+        offset_bytes: u64,
+        len_bytes: u64,
+        exact: bool,
+    },
+}
+
+/// A request. The memory it names stays mapped until it is finished.
+#[derive(Debug)]
+pub struct Request {
+    pub id: RequestId,
+    pub kind: RequestKind,
+    /// It finishes only when what it changed is durable.
+    pub write_through: bool,
+}
+
+/// A request failed; the guest is told IOERR, the log why.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestFailed {
+    /// The device or the staging memory is full.
+    NoSpace,
+    /// Data could not be read, or not as it was written.
+    Damaged,
+    /// The volume's log has failed, or the volume is read-only.
+    NotWritable,
+    /// A flush could not make everything durable.
+    NotDurable,
+}
+
+/// A request is over.
+#[derive(Debug)]
+pub struct Finished {
+    pub id: RequestId,
+    pub result: Result<(), RequestFailed>,
+}
+
+/// What policy should know.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum VolumeEvent {
+    CheckpointWanted,
+    NumbersWanted,
+    DeviceFailed {
+        reason: String,
+    },
+    DeviceFull,
+    StagingFull {
+        reason: String,
+    },
+    SpaceBack,
+    Corruption {
+        offset_bytes: u64,
+        len_bytes: u64,
+        segment: SegmentNumber,
+        reason: String,
+    },
+}
+
+/// Why a volume cannot be opened, checkpointed or closed.
+#[derive(Debug, thiserror::Error)]
+pub enum VolumeError {
+    #[error(transparent)]
+    Recovery(#[from] crate::log::RecoveryError),
+    #[error("creating the staging file {path}: {error}")]
+    Staging { path: String, error: io::Error },
+    #[error("{what} segment {segment}: {error}")]
+    Io {
+        what: &'static str,
+        segment: SegmentNumber,
+        error: io::Error,
+    },
+    #[error("the map is damaged: {0}")]
+    Map(String),
+    #[error("the log has failed: {0}")]
+    LogFailed(String),
+    #[error("a checkpoint is already running")]
+    CheckpointRunning,
+    #[error("there are no segment numbers left; the daemon grants them")]
+    NoNumbers,
+}
+
+/// Memory for maps, shared evenly by the open volumes of an engine.
+#[derive(Debug)]
+pub struct MapBudget {
+    cap_bytes: usize,
+    volumes: AtomicUsize,
+}
+
+impl MapBudget {
+    #[must_use]
+    pub const fn new(cap_bytes: usize) -> Self {
+        Self {
+            cap_bytes,
+            volumes: AtomicUsize::new(0),
+        }
+    }
+
+    /// What one volume may use, bytes; never less than a working set.
+    #[must_use]
+    pub fn share_bytes(&self) -> usize {
+        (self.cap_bytes / self.volumes.load(Ordering::Relaxed).max(1)).max(1 << 20)
+    }
+}
+
+/// A volume's place in the budget, given back when dropped.
+#[derive(Debug)]
+struct MapShare(Arc<MapBudget>);
+
+impl MapShare {
+    fn new(budget: Arc<MapBudget>) -> Self {
+        budget.volumes.fetch_add(1, Ordering::Relaxed);
+        Self(budget)
+    }
+
+    fn bytes(&self) -> usize {
+        self.0.share_bytes()
+    }
+}
+
+impl Drop for MapShare {
+    fn drop(&mut self) {
+        self.0.volumes.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Counters, from the opening on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VolumeStats {
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub written_bytes: u64,
+    pub flushes: u64,
+    pub unmaps: u64,
+    pub unmapped_bytes: u64,
+    pub errors: u64,
+    pub checksum_errors: u64,
+    pub map_node_reads: u64,
+    pub mapped_blocks: u64,
+    pub map_memory_bytes: u64,
+    pub log_bytes_since_checkpoint: u64,
+    pub staged_bytes: u64,
+    pub space: SpaceTotals,
+}
+
+/// Where a request's state is kept.
+type Slot = usize;
+
+#[derive(Debug)]
+enum Work {
+    Read(ReadState),
+    Modify(Modify),
+}
+
+#[derive(Debug)]
+struct Running {
+    id: RequestId,
+    write_through: bool,
+    work: Work,
+}
+
+#[derive(Debug)]
+enum VolumeOp {
+    Read(Box<ReadOp>),
+    /// An old block that a write of a part of it needs.
+    Edge {
+        slot: Slot,
+        edge: modify::Edge,
+    },
+    Node {
+        location: NodeLocation,
+        buffer: AlignedBuf,
+    },
+    Checkpoint(checkpoint::CheckpointOp),
+    Remove,
+}
+
+/// What became of running a request's next step.
+#[derive(Debug)]
+enum Step {
+    /// It is over.
+    Finish(Result<(), RequestFailed>),
+    /// It changed the volume and is over, once durable if that was asked for.
+    Changed,
+    /// It is parked where it will be found.
+    Parked,
+}
+
+/// An open volume.
+#[derive(Debug)]
+pub struct Volume {
+    device: DeviceId,
+    pool: Uuid,
+    uuid: Uuid,
+    epoch: Epoch,
+    segment_bytes: u64,
+    logical_block_bytes: u32,
+    name: String,
+    size_bytes: u64,
+    numbers: Arc<SegmentNumbers>,
+    map_share: MapShare,
+
+    map: Map,
+    /// `None`: the volume is read-only, or its log has been closed.
+    log: Option<Log>,
+    /// End of the log that has been closed.
+    end: LogPosition,
+    space: SpaceTable,
+    tokens: Tokens<VolumeOp>,
+
+    running: Vec<Option<Running>>,
+    free_slots: Vec<Slot>,
+    /// To be run again at the next `advance`.
+    runnable: VecDeque<Slot>,
+    waiting_nodes: HashMap<NodeLocation, Vec<Slot>>,
+    /// Wait for room in the log, oldest first.
+    waiting_append: VecDeque<Slot>,
+    /// Wait until the log is durable up to a position.
+    waiting_durable: Vec<(u64, RequestId)>,
+    finished: Vec<Finished>,
+
+    checkpoints: Checkpoints,
+    closing: bool,
+    /// Reads in flight by the order of their submission, for the removal of segments.
+    reads_in_flight: std::collections::BTreeSet<u64>,
+    next_read: u64,
+
+    stats: VolumeStats,
+    events: Vec<VolumeEvent>,
+    // Reused, so that the common path does not allocate.
+    extents: Extents,
+    checksums: Vec<u32>,
+    displaced: Vec<Displaced>,
+    log_events: Vec<LogEvent>,
+}
+
+impl Volume {
+    /// Sets the range of the volume's tokens: `token_base..token_base + TOKEN_RANGE`. Nothing is in
+    /// flight.
+    pub fn attach(&mut self, token_base: u64) {
+        self.tokens.rebase(token_base);
+        if let Some(log) = &mut self.log {
+            log.rebase(token_base + LOG_TOKENS);
+        }
+    }
+
+    #[must_use]
+    pub const fn size_bytes(&self) -> u64 {
+        self.size_bytes
+    }
+
+    #[must_use]
+    pub const fn logical_block_bytes(&self) -> u32 {
+        self.logical_block_bytes
+    }
+
+    /// Requests that are not finished.
+    #[must_use]
+    pub fn requests_in_flight(&self) -> usize {
+        self.running.len() - self.free_slots.len() + self.waiting_durable.len()
+    }
+
+    /// Grows or shrinks the volume; blocks beyond a smaller size stay mapped until they are unmapped,
+    /// which the caller does first.
+    pub fn resize(&mut self, size_bytes: u64) {
+        self.size_bytes = size_bytes;
+        if let Some(log) = &mut self.log {
+            let name = self.name.clone();
+            log.set_attributes(crate::log::VolumeAttributes { name, size_bytes });
+        }
+    }
+
+    /// Starts a request. It may finish at once: see [`Self::take_finished`].
+    pub fn submit(&mut self, io: &mut dyn Io, request: Request, now: Now) {
+        let Request {
+            id,
+            kind,
+            write_through,
+        } = request;
+        let work = match kind {
+            RequestKind::Flush => {
+                self.stats.flushes += 1;
+                return self.finish_when_durable(id);
+            }
+            RequestKind::Read { offset_bytes, into } => {
+                self.stats.reads += 1;
+                Work::Read(ReadState::new(offset_bytes, into))
+            }
+            RequestKind::Write { offset_bytes, from } => {
+                self.stats.writes += 1;
+                Work::Modify(Modify::write(offset_bytes, from))
+            }
+            RequestKind::Unmap {
+                offset_bytes,
+                len_bytes,
+                exact,
+            } => {
+                self.stats.unmaps += 1;
+                self.stats.unmapped_bytes += len_bytes;
+                Work::Modify(Modify::unmap(offset_bytes, len_bytes, exact))
+            }
+        };
+        let running = Running {
+            id,
+            write_through,
+            work,
+        };
+        let slot = match self.free_slots.pop() {
+            Some(slot) => {
+                self.running[slot] = Some(running);
+                slot
+            }
+            None => {
+                self.running.push(Some(running));
+                self.running.len() - 1
+            }
+        };
+        self.run(io, slot, now);
+    }
+
+    /// Runs a request until it is over or parked.
+    fn run(&mut self, io: &mut dyn Io, slot: Slot, now: Now) {
+        // Taken out, so that its state and the volume's can both be changed.
+        let Some(mut running) = self.running[slot].take() else {
+            return;
+        };
+        let step = match &mut running.work {
+            Work::Read(read) => self.run_read(io, slot, read),
+            Work::Modify(modify) => self.run_modify(io, slot, modify, now),
+        };
+        let Running {
+            id, write_through, ..
+        } = running;
+        match step {
+            Step::Parked => {
+                self.running[slot] = Some(running);
+                return;
+            }
+            Step::Finish(result) => self.finish(id, result),
+            Step::Changed if write_through => self.finish_when_durable(id),
+            Step::Changed => self.finish(id, Ok(())),
+        }
+        self.free_slots.push(slot);
+    }
+
+    fn finish(&mut self, id: RequestId, result: Result<(), RequestFailed>) {
+        if result.is_err() {
+            self.stats.errors += 1;
+        }
+        self.finished.push(Finished { id, result });
+    }
+
+    fn finish_when_durable(&mut self, id: RequestId) {
+        match &mut self.log {
+            None => self.finish(id, Ok(())),
+            Some(log) if log.failure().is_some() => {
+                self.finish(id, Err(RequestFailed::NotDurable));
+            }
+            Some(log) if log.durable() >= log.tail() => self.finish(id, Ok(())),
+            Some(log) => {
+                log.request_flush();
+                self.waiting_durable.push((log.tail(), id));
+            }
+        }
+    }
+
+    /// Ends the requests whose changes have become durable, or never will.
+    fn release_durable(&mut self) {
+        let Some(log) = &mut self.log else { return };
+        let refused = log.take_flush_refused() || log.failure().is_some();
+        let durable = log.durable();
+        let mut i = 0;
+        while i < self.waiting_durable.len() {
+            let (position, id) = self.waiting_durable[i];
+            if position <= durable {
+                self.waiting_durable.swap_remove(i);
+                self.finish(id, Ok(()));
+            } else if refused {
+                self.waiting_durable.swap_remove(i);
+                self.finish(id, Err(RequestFailed::NotDurable));
+            } else {
+                i += 1;
+            }
+        }
+    }
+
+    /// Takes the completion of an operation whose token is in this volume's range.
+    pub fn on_completion(&mut self, io: &mut dyn Io, completion: Completion, now: Now) {
+        let is_log = completion.token.0 & LOG_TOKENS != 0;
+        if is_log {
+            if let Some(log) = &mut self.log {
+                log.on_completion(io, completion, now);
+            }
+            return;
+        }
+        let Completion { token, result } = completion;
+        match self.tokens.take(token) {
+            VolumeOp::Read(op) => self.read_done(io, *op, result),
+            VolumeOp::Edge { slot, edge } => self.edge_read(io, slot, edge, result, now),
+            VolumeOp::Node { location, buffer } => {
+                self.node_read(io, location, &buffer, result, now);
+            }
+            VolumeOp::Checkpoint(op) => self.checkpoint_op_done(op, result),
+            VolumeOp::Remove => {}
+        }
+    }
+
+    fn submit_op(&mut self, io: &mut dyn Io, segment: SegmentNumber, op: Op, what: VolumeOp) {
+        let token: Token = self.tokens.insert(what);
+        io.submit(
+            token,
+            Target {
+                device: self.device,
+                segment,
+            },
+            op,
+        );
+    }
+
+    /// Parks a request until a node of the map is there.
+    fn park_for_node(&mut self, io: &mut dyn Io, slot: Slot, location: NodeLocation) -> Step {
+        let waiting = self.waiting_nodes.entry(location).or_default();
+        waiting.push(slot);
+        if waiting.len() == 1 {
+            self.stats.map_node_reads += 1;
+            let buffer = AlignedBuf::new(location.len_bytes as usize);
+            // SAFETY: the buffer travels with its operation's entry in `tokens` until it completes;
+            // moving an AlignedBuf does not move its memory.
+            let bufs = vec![unsafe { buffer.io_buf() }];
+            let op = Op::Read {
+                offset_bytes: u64::from(location.offset_bytes),
+                bufs,
+            };
+            self.submit_op(
+                io,
+                location.segment,
+                op,
+                VolumeOp::Node { location, buffer },
+            );
+        }
+        Step::Parked
+    }
+
+    fn node_read(
+        &mut self,
+        io: &mut dyn Io,
+        location: NodeLocation,
+        buffer: &AlignedBuf,
+        result: io::Result<usize>,
+        now: Now,
+    ) {
+        let outcome = match result {
+            Ok(got) => self
+                .map
+                .supply(location, &buffer[..got.min(buffer.len())])
+                .map_err(|error| error.to_string()),
+            Err(error) => Err(error.to_string()),
+        };
+        let waiting = self.waiting_nodes.remove(&location).unwrap_or_default();
+        match outcome {
+            Ok(()) => {
+                for slot in waiting {
+                    self.run(io, slot, now);
+                }
+            }
+            Err(reason) => {
+                self.stats.checksum_errors += 1;
+                self.events.push(VolumeEvent::Corruption {
+                    offset_bytes: 0,
+                    len_bytes: 0,
+                    segment: location.segment,
+                    reason: format!("map node at byte {}: {reason}", location.offset_bytes),
+                });
+                for slot in waiting {
+                    self.fail_parked(slot, RequestFailed::Damaged);
+                }
+            }
+        }
+    }
+
+    fn fail_parked(&mut self, slot: Slot, why: RequestFailed) {
+        if let Some(running) = self.running[slot].take() {
+            self.finish(running.id, Err(why));
+            self.free_slots.push(slot);
+        }
+    }
+
+    /// Does what is due. Called once after each batch, and at [`Self::deadline_ns`].
+    pub fn advance(&mut self, io: &mut dyn Io, now: Now) {
+        for _ in 0..self.runnable.len() {
+            if let Some(slot) = self.runnable.pop_front() {
+                self.run(io, slot, now);
+            }
+        }
+        self.retry_appends(io, now);
+        if let Some(log) = &mut self.log {
+            log.advance(io, now);
+        }
+        self.take_log_events();
+        self.release_durable();
+        self.drive_checkpoint(io, now);
+        self.drive_close(io);
+        self.remove_dead(io);
+        self.keep_map_in_budget();
+    }
+
+    /// Runs the writes that waited for the log, oldest first, until one has to wait again.
+    fn retry_appends(&mut self, io: &mut dyn Io, now: Now) {
+        for _ in 0..self.waiting_append.len() {
+            let Some(slot) = self.waiting_append.pop_front() else {
+                return;
+            };
+            let before = self.waiting_append.len();
+            self.run(io, slot, now);
+            if self.waiting_append.len() > before {
+                // It waits again, at the end of the queue; it was the first, and stays the first.
+                self.waiting_append.rotate_right(1);
+                return;
+            }
+        }
+    }
+
+    fn take_log_events(&mut self) {
+        let Some(log) = &mut self.log else { return };
+        let mut log_events = std::mem::take(&mut self.log_events);
+        log.take_events(&mut log_events);
+        for event in log_events.drain(..) {
+            match event {
+                LogEvent::Opened(number) => {
+                    self.space.add(number, crate::segment::SegmentKind::Log)
+                }
+                LogEvent::Sealed {
+                    segment,
+                    end_blocks,
+                } => self.space.update(segment, |row| {
+                    row.sealed = true;
+                    row.used_blocks = end_blocks;
+                }),
+                LogEvent::Abandoned(segment) => self.space.update(segment, |row| row.sealed = true),
+                LogEvent::Failed(reason) => self.events.push(VolumeEvent::DeviceFailed { reason }),
+                LogEvent::Full => self.events.push(VolumeEvent::DeviceFull),
+                LogEvent::StagingFull(reason) => {
+                    self.events.push(VolumeEvent::StagingFull { reason });
+                }
+                LogEvent::SpaceBack => self.events.push(VolumeEvent::SpaceBack),
+                LogEvent::NumbersWanted => self.events.push(VolumeEvent::NumbersWanted),
+            }
+        }
+        self.log_events = log_events;
+    }
+
+    fn keep_map_in_budget(&mut self) {
+        let share = self.map_share.bytes();
+        if self.map.memory_bytes() > share {
+            // A little lower than the share, so that eviction comes in batches.
+            self.map.evict(share - share / 16);
+        }
+        self.want_checkpoint_if_due(share);
+    }
+
+    /// Whether unwritten nodes fill the map's memory: writes wait for a checkpoint then.
+    fn map_is_full(&self) -> bool {
+        self.map.dirty_bytes() > self.map_share.bytes()
+    }
+
+    /// When `advance` has something to do that no completion announces; monotonic.
+    #[must_use]
+    pub fn deadline_ns(&self) -> Option<u64> {
+        if !self.runnable.is_empty() {
+            return Some(0);
+        }
+        self.log.as_ref().and_then(Log::deadline_ns)
+    }
+
+    pub fn take_finished(&mut self, out: &mut Vec<Finished>) {
+        out.append(&mut self.finished);
+    }
+
+    pub fn take_events(&mut self, out: &mut Vec<VolumeEvent>) {
+        out.append(&mut self.events);
+    }
+
+    #[must_use]
+    pub fn stats(&self) -> VolumeStats {
+        VolumeStats {
+            mapped_blocks: self.map.mapped_blocks(),
+            map_memory_bytes: self.map.memory_bytes() as u64,
+            log_bytes_since_checkpoint: self.log_bytes_since_checkpoint(),
+            staged_bytes: self.log.as_ref().map_or(0, Log::staged_bytes),
+            space: self.space.totals(),
+            ..self.stats
+        }
+    }
+
+    /// The segments that hold the volume.
+    pub fn segments(&self) -> impl Iterator<Item = &SegmentRow> {
+        self.space.rows()
+    }
+
+    fn is_quiet(&self) -> bool {
+        self.tokens.is_empty() && self.log.as_ref().is_none_or(Log::idle)
+    }
+}
+
+/// The part of a scatter/gather list from byte `start`, `len` bytes long.
+///
+/// # Panics
+/// If the list is shorter.
+fn slice_bufs(bufs: &[IoBuf], mut start: usize, mut len: usize) -> Vec<IoBuf> {
+    let mut out = Vec::with_capacity(1);
+    for buf in bufs {
+        if len == 0 {
+            break;
+        }
+        if start >= buf.len() {
+            start -= buf.len();
+            continue;
+        }
+        let take = len.min(buf.len() - start);
+        out.push(buf.slice(start, take));
+        (start, len) = (0, len - take);
+    }
+    assert_eq!(len, 0, "the list holds what is taken from it");
+    out
+}
+
+/// Total length of a scatter/gather list, bytes.
+fn bufs_len(bufs: &[IoBuf]) -> usize {
+    bufs.iter().map(IoBuf::len).sum()
+}
+
+const BLOCK: u64 = BLOCK_BYTES as u64;
