@@ -10,13 +10,13 @@
 
 mod blocking;
 mod buffer;
-mod uring;
 mod tokens;
+mod uring;
 
 pub use blocking::BlockingIo;
 pub use buffer::{AlignedBuf, IoBuf};
-pub use uring::{UringIo, WatchId};
 pub use tokens::Tokens;
+pub use uring::{UringIo, WatchId};
 
 use std::io;
 use std::time::Duration;

@@ -53,11 +53,6 @@ impl SpaceTable {
         self.changed.insert(number);
     }
 
-    #[must_use]
-    pub fn contains(&self, number: SegmentNumber) -> bool {
-        self.rows.contains_key(&number)
-    }
-
     pub fn rows(&self) -> impl Iterator<Item = &SegmentRow> {
         self.rows.values()
     }
