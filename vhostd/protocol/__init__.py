@@ -1,0 +1,1 @@
+"""The vhost-user back-end protocol. The daemon starts at `server.ExportServer`."""

@@ -273,9 +273,10 @@ async def set_vring_enable(state: SessionState, vring: VringState, _fds: Receive
 
 
 async def get_config(state: SessionState, config: Config, _fds: ReceivedFds) -> bytes:
-    """An access outside is answered with no payload, which is how this request says "error"."""
-    if config.flags not in (ConfigFlag.WRITABLE, ConfigFlag.MIGRATION):
-        return b""
+    """An access outside is answered with no payload, which is how this request says "error".
+
+    The flags are for writing; front-ends put different things there when they read.
+    """
     if not config.data or config.offset + len(config.data) > MAX_CONFIG_BYTES:
         return b""
     space = _config_space(state)
