@@ -1,0 +1,1 @@
+"""Side-by-side benchmarks of vhost-user-blk back-ends; see README.md here."""
