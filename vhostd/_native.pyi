@@ -118,6 +118,7 @@ class Engine:
         epoch: int,
         read_only: bool,
         checkpoint: CheckpointState,
+        mapped_blocks: int,
         segments: Sequence[SegmentRow],
         uncatalogued: Sequence[int],
         checkpoint_log_bytes: int = 256 << 20,
@@ -125,6 +126,7 @@ class Engine:
         """Recovers and opens a volume.
 
         `epoch` (greater than `previous_epoch`) is committed in the catalog before the call.
+        `mapped_blocks`: of the checkpoint.
         `uncatalogued`: segments of this volume found on the device that no row names.
         """
 
