@@ -61,6 +61,9 @@ def _stopped_at_the_end(process: "subprocess.Popen[bytes]", name: str) -> Iterat
             process.kill()
             process.wait()
             raise BackendError(f"{name} did not end within {STOP_TIMEOUT_S:.0f} s") from None
+        finally:
+            if process.stdout is not None:
+                process.stdout.close()
 
 
 class Backend(ABC):
@@ -186,7 +189,10 @@ class Vhostd(Backend):
         self.command = shlex.split(command or default)
 
     def version(self) -> str | None:
-        return _version([*self.command, "--version"])
+        version = _version([*self.command, "--version"])
+        if version is None and _version([*self.command, "disk", "--help"]) is not None:
+            return "of unknown version"
+        return version
 
     def create(self, directory: Path, size_bytes: int) -> None:
         (directory / "disk").mkdir()

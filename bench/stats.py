@@ -8,10 +8,22 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Comparison", "Sample", "Summary", "compare", "core_state", "noise", "summarise"]
+__all__ = [
+    "STATES",
+    "Comparison",
+    "Sample",
+    "Summary",
+    "compare",
+    "core_state",
+    "noise",
+    "summarise",
+]
 
-NEAR_MAX_NS = 250.0
-"""Round trips of a cache line below this are of two cores that are near each other."""
+SIBLING_MAX_NS = 85.0
+"""Round trips of a cache line below this are of two threads of one core."""
+NEAR_MAX_NS = 300.0
+"""And below this of two cores that are near each other."""
+STATES = ("sibling", "near", "far")
 OTHER_CPU_LIMIT = 0.2
 """Of one core: what anyone but the back-end and the front-end may use before a run is noisy."""
 STEAL_LIMIT = 0.05
@@ -58,11 +70,12 @@ class Comparison:
 
 
 def core_state(before_ns: float, after_ns: float) -> str:
-    """`near`, `far`, or `mixed` when it changed while the run went on."""
-    near = (before_ns < NEAR_MAX_NS, after_ns < NEAR_MAX_NS)
-    if near[0] != near[1]:
-        return "mixed"
-    return "near" if near[0] else "far"
+    """One of STATES, or `mixed` when it changed while the run went on."""
+    before, after = (
+        STATES[(trip_ns >= SIBLING_MAX_NS) + (trip_ns >= NEAR_MAX_NS)]
+        for trip_ns in (before_ns, after_ns)
+    )
+    return before if before == after else "mixed"
 
 
 def noise(*, busy_ns: int, own_ns: int, steal_ns: int, elapsed_s: float) -> list[str]:
@@ -99,7 +112,7 @@ def compare(subject: Sequence[Sample], peer: Sequence[Sample]) -> Comparison | N
     """
     best: Comparison | None = None
     for quiet_only in (True, False):
-        for state in ("near", "far"):
+        for state in STATES:
             mine, theirs = (
                 [s.value for s in samples if s.state == state and not (quiet_only and s.noisy)]
                 for samples in (subject, peer)

@@ -1,12 +1,14 @@
 """The load generator and the runner of the benchmarks, against qemu-storage-daemon."""
 
+import shlex
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
 from bench import loadgen, matrix
-from bench.backends import QsdFile, QsdNull
+from bench.backends import BackendError, QsdFile, QsdNull, Vhostd
 from bench.runner import Runner
 
 pytestmark = [
@@ -69,6 +71,49 @@ def test_every_ring_option_completes_every_request(
 def test_a_back_end_that_is_not_there_is_named(binary: Path, tmp_path: Path) -> None:
     with pytest.raises(loadgen.LoadgenError, match=r"nothing-here.*listening"):
         loadgen.run(binary, tmp_path / "nothing-here", "--workload", "randread")
+
+
+STAND_IN = """
+import os, pathlib, socket, sys
+_, disk, directory, _, size, _, path = sys.argv
+assert disk == "disk"
+image = pathlib.Path(directory) / "image"
+with image.open("ab") as file:
+    file.truncate(int(size))
+pathlib.Path(path).unlink(missing_ok=True)
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(path)
+listener.listen()
+os.set_inheritable(listener.fileno(), True)
+if image.name in os.environ.get("STAND_IN_FAILS", ""):
+    sys.exit("it has no luck today")
+print(f"ready: {path}", flush=True)
+export = f"vhost-user-blk,id=e,node-name=d,writable=on,addr.type=fd,addr.str={listener.fileno()}"
+os.execlp("qemu-storage-daemon", "qemu-storage-daemon", "--blockdev",
+          f"driver=file,node-name=d,filename={image}", "--export", export)
+"""
+
+
+def test_vhostd_is_started_when_it_says_so_and_its_last_words_are_told(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in = tmp_path / "stand_in.py"
+    stand_in.write_text(STAND_IN)
+    backend = Vhostd(shlex.join([sys.executable, str(stand_in)]))
+    backend.create(tmp_path, SIZE_BYTES)
+    backend.fill(tmp_path, SIZE_BYTES, 0, binary)
+    with backend.serving(tmp_path, SIZE_BYTES, 0) as running:
+        load = ["--workload", "readonce", "--depth", "8", "--backend-pid", str(running.pid)]
+        result = loadgen.run(binary, running.socket, *load)
+    assert result.requests == SIZE_BYTES // 4096
+    assert result.cpu.backend_ns is not None
+    assert result.cpu.backend_ns > 0
+    monkeypatch.setenv("STAND_IN_FAILS", "image")
+    with (
+        pytest.raises(BackendError, match="no luck today"),
+        backend.serving(tmp_path, SIZE_BYTES, 0),
+    ):
+        pass
 
 
 def test_the_runner_measures_every_cell_of_every_back_end(binary: Path, tmp_path: Path) -> None:

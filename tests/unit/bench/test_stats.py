@@ -18,8 +18,10 @@ def test_summary_tells_median_and_extremes() -> None:
 
 
 def test_state_is_mixed_when_the_distance_changed_during_a_run() -> None:
-    assert core_state(105, 110) == "near"
+    assert core_state(54, 55) == "sibling"
+    assert core_state(105, 210) == "near"
     assert core_state(470, 460) == "far"
+    assert core_state(54, 180) == "mixed"
     assert core_state(105, 470) == core_state(470, 105) == "mixed"
 
 
