@@ -6,11 +6,11 @@
 #   guest → host   <id> <exit code> <base64 of output>      stdout and stderr together
 #
 # One line a message, both ways; base64 keeps binary output and quotes out of the framing. Output is
-# cut at 1 MiB. The same file serves in busybox and in Debian (dash and coreutils).
+# cut at 1 MiB. Ends with 2 if the machine has no second serial port. The same file serves in busybox and in Debian (dash and coreutils).
 port=/dev/ttyS1
 dir=/run/vhostd-agent
 mkdir -p "$dir"
-stty -F "$port" 115200 raw -echo
+stty -F "$port" 115200 raw -echo || exit 2 # no such port: nobody to serve
 exec 3<>"$port"
 printf 'READY %s\n' "$(cat /proc/sys/kernel/random/boot_id)" >&3
 while read -r id limit_s command <&3; do

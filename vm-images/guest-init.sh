@@ -10,9 +10,17 @@ export PATH=/sbin:/bin:/usr/sbin:/usr/bin HOME=/ TERM=linux
 while read -r module; do
     insmod "$module" || echo "init: $module did not load"
 done </lib/modules.list
-echo "init: the agent listens on ttyS1"
+# A shell on the console, for people.
+while :; do
+    setsid cttyhack sh -l </dev/ttyS0 >/dev/ttyS0 2>&1
+    sleep 1
+done &
 while :; do
     sh /agent.sh
-    echo "init: the agent ended with code $?; starting it again"
+    code=$?
+    [ "$code" -ne 2 ] || break
+    echo "init: the agent ended with code $code; starting it again"
     sleep 1
 done
+# Process 1 must not end.
+wait

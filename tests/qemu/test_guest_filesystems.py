@@ -8,7 +8,7 @@ from .conftest import BackendFactory, VmFactory
 from .harness import Vm
 
 GIB = 1 << 30
-# qemu-storage-daemon shows that a test asks for nothing peculiar to vhostd. Once is enough for that.
+# qemu-storage-daemon shows that a test asks for nothing peculiar to vhostd: now and then.
 PEER = pytest.param("qsd", marks=[pytest.mark.qsd, pytest.mark.long])
 BACKENDS = pytest.mark.parametrize("kind", ["vhostd", PEER])
 FILESYSTEMS = {

@@ -53,6 +53,7 @@ After=local-fs.target
 ExecStart=/bin/sh /usr/local/lib/vhostd-agent.sh
 Restart=always
 RestartSec=1
+RestartPreventExitStatus=2
 
 [Install]
 WantedBy=multi-user.target
@@ -117,9 +118,7 @@ def _configure(root: Path) -> None:
     units = root / "etc/systemd/system"
     _write(units / "vhostd-agent.service", AGENT_SERVICE)
     _write(units / "serial-getty@ttyS0.service.d/autologin.conf", AUTOLOGIN)
-    run("systemctl", f"--root={root}", "enable", "vhostd-agent.service") if shutil.which(
-        "systemctl"
-    ) else run("chroot", root, "systemctl", "enable", "vhostd-agent.service")
+    run("chroot", root, "systemctl", "enable", "vhostd-agent.service")
     for unit in ("apt-daily.timer", "apt-daily-upgrade.timer", "e2scrub_all.timer", "fstrim.timer"):
         (units / unit).unlink(missing_ok=True)
         (units / unit).symlink_to("/dev/null")

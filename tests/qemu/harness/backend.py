@@ -166,11 +166,10 @@ class DaemonBackend(Backend):
         super().__init__(directory, size_bytes=image.stat().st_size, queues=queues)
         self.image = image
         self.store = directory / "store"
-        self.run_dir = directory / "run"
+        run_dir = directory / "run"
+        self.control_socket = run_dir / "vhostd.sock"
         self.config = directory / "vhostd.toml"
-        self.config.write_text(
-            f'state_dir = "{directory / "state"}"\nruntime_dir = "{self.run_dir}"\n'
-        )
+        self.config.write_text(f'state_dir = "{directory / "state"}"\nruntime_dir = "{run_dir}"\n')
 
     def _start(self) -> Service:
         program = vhostd_program()
@@ -198,7 +197,7 @@ class DaemonBackend(Backend):
             raise HarnessError("vhostctl is not installed in .venv: run 'make build'")
         done = subprocess.run(
             [program, *words],
-            env={**os.environ, "VHOSTD_SOCKET": str(self.run_dir / "vhostd.sock")},
+            env={**os.environ, "VHOSTD_SOCKET": str(self.control_socket)},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

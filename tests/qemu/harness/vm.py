@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -187,6 +188,22 @@ class Vm:
             if connection is not None:
                 connection.close()
         self._agent = self._qmp = self._qemu = None
+
+    def by_hand(self) -> list[str]:
+        """The command line that runs this guest on a terminal, in pieces to print one a line."""
+        program, _ = qemu_program()
+        memory = f"{self.guest.memory_mib}M"
+        pieces = [
+            f"{program} -nodefaults -nographic -accel tcg -smp {self.cpus} -m {memory}",
+            f"-object memory-backend-memfd,id=memory,size={memory},share=on",
+            "-machine q35,memory-backend=memory -serial mon:stdio",
+        ]
+        if self.guest.direct_kernel:
+            image = image_dir(self.guest.image)
+            pieces.append(f"-kernel {image / 'vmlinuz'} -initrd {image / 'initramfs'}")
+            pieces.append("-append console=ttyS0")
+        disks = disk_arguments(self.disks, bootable=not self.guest.direct_kernel)
+        return pieces + [shlex.join(disks[at : at + 2]) for at in range(0, len(disks), 2)]
 
     def logs(self) -> str:
         """The ends of the guest's console and of what QEMU printed."""
