@@ -10,6 +10,7 @@
 
 mod blocking;
 mod buffer;
+pub mod sim;
 mod tokens;
 mod uring;
 
