@@ -20,6 +20,7 @@ from .harness import (
     DaemonBackend,
     Disk,
     Guest,
+    HarnessError,
     QsdBackend,
     VhostdBackend,
     Vm,
@@ -87,8 +88,14 @@ def backend_factory(request: pytest.FixtureRequest, workshop: Path) -> Iterator[
         return backend
 
     yield make
+    failed = []
     for backend in made:
-        backend.kill()
+        try:
+            backend.stop()
+        except HarnessError as error:
+            failed.append(str(error))
+            backend.kill()
+    assert not failed, failed
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 
 from .images import REPOSITORY
-from .process import HarnessError, Service
+from .process import HarnessError, Service, tail
 
 __all__ = ["Backend", "QsdBackend", "VhostdBackend", "vhostd_program"]
 
@@ -55,6 +55,8 @@ class Backend(ABC):
         if self.service is None:
             return
         service, self.service = self.service, None
+        if not service.is_running():
+            raise HarnessError(f"{self.kind} ended by itself; its log:\n{tail(self.log_path)}")
         code = service.stop()
         if code != 0:
             raise HarnessError(f"{self.kind} ended with {code}; its log: {self.log_path}")
