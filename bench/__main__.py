@@ -31,6 +31,7 @@ def _chosen_mode(
     repeats: int | None,
     seconds: float | None,
     region_mib: int | None,
+    retries: int | None,
 ) -> matrix.Mode:
     mode = matrix.FULL if full else matrix.QUICK
     if cells:
@@ -44,6 +45,7 @@ def _chosen_mode(
         repeats=repeats or mode.repeats,
         seconds=seconds or mode.seconds,
         region_bytes=region_mib * MIB if region_mib else mode.region_bytes,
+        retries=mode.retries if retries is None else retries,
     )
 
 
@@ -61,6 +63,7 @@ def _chosen_mode(
 @click.option("--repeats", type=click.IntRange(1, 100), help="Rounds.")
 @click.option("--seconds", type=click.FloatRange(0.1, 600), help="Measured time a run.")
 @click.option("--region-mib", type=click.IntRange(64), help="Size of the disks.")
+@click.option("--retries", type=click.IntRange(0, 100), help="How often a noisy run is done again.")
 @click.option("--vhostd", help="Command that starts vhostd, as a shell would split it.")
 @click.option(
     "--loadgen",
@@ -85,6 +88,7 @@ def main(
     repeats: int | None,
     seconds: float | None,
     region_mib: int | None,
+    retries: int | None,
     vhostd: str | None,
     binary: Path | None,
     backend_core: int,
@@ -95,7 +99,12 @@ def main(
     if backend_core == frontend_core:
         raise click.UsageError("back-end and front-end need a core each")
     mode = _chosen_mode(
-        full=full, cells=cells, repeats=repeats, seconds=seconds, region_mib=region_mib
+        full=full,
+        cells=cells,
+        repeats=repeats,
+        seconds=seconds,
+        region_mib=region_mib,
+        retries=retries,
     )
     wanted = _chosen_backends(backends, vhostd)
     versions = {backend.name: backend.version() for backend in wanted}

@@ -44,7 +44,17 @@ class Mode:
     seconds: float
     warm_up_s: float
     region_bytes: int
+    retries: int = 0
+    """How often a noisy run is done again."""
 
 
 QUICK = Mode("quick", CELLS, repeats=1, seconds=1.0, warm_up_s=0.3, region_bytes=512 << 20)
-FULL = Mode("full", [*CELLS, FIRST_WRITE], 5, seconds=4.0, warm_up_s=1.0, region_bytes=2 << 30)
+FULL = Mode(
+    "full",
+    [*CELLS, FIRST_WRITE],
+    repeats=5,
+    seconds=4.0,
+    warm_up_s=1.0,
+    region_bytes=2 << 30,
+    retries=1,
+)

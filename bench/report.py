@@ -49,9 +49,16 @@ def _microseconds(values_ns: Sequence[float]) -> str:
 
 def _states(runs: Sequence[Run]) -> str:
     counts = {state: sum(run.state == state for run in runs) for state in (*stats.STATES, "mixed")}
-    text = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    noisy = sum(bool(run.noise) for run in runs)
-    return text + (f"; **{noisy} noisy**" if noisy else "")
+    return ", ".join(f"{count} {state}" for state, count in counts.items() if count)
+
+
+def _trusted(runs: Sequence[Run]) -> tuple[list[Run], str]:
+    """The quiet runs, or all when none was quiet; and what to say of it."""
+    quiet = [run for run in runs if not run.noise]
+    if not quiet:
+        return list(runs), "; **all noisy**" if runs else ""
+    left_out = len(runs) - len(quiet)
+    return quiet, f"; {left_out} noisy left out" if left_out else ""
 
 
 def _trips(runs: Sequence[Run]) -> str:
@@ -69,7 +76,7 @@ def _cell_table(report: Report, cell: Cell, backends: Sequence[str]) -> list[str
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in backends:
-        runs = report.of(name, cell)
+        runs, remark = _trusted(report.of(name, cell))
         if not runs:
             continue
         results = [run.result for run in runs]
@@ -83,7 +90,7 @@ def _cell_table(report: Report, cell: Cell, backends: Sequence[str]) -> list[str
             f"| {_microseconds([r.latency_ns.p50 for r in results])} "
             f"| {_microseconds([r.latency_ns.p99 for r in results])} "
             f"| {_microseconds([r.latency_ns.p99_9 for r in results])} "
-            f"| {_microseconds(cpu)} | {rss:,.0f} | {_trips(runs)} | {_states(runs)} |"
+            f"| {_microseconds(cpu)} | {rss:,.0f} | {_trips(runs)} | {_states(runs)}{remark} |"
         )
     return [*lines, ""]
 
@@ -158,7 +165,8 @@ def _warnings(report: Report) -> list[str]:
         lines.append(
             f"- {len(noisy)} of {len(report.runs)} runs were **noisy** (someone else used the "
             "cores, or the host took them; with page cache the kernel's writeback counts as "
-            "someone else). Their figures are shown and marked; do not rely on them."
+            "someone else). They "
+            "are left out where there were quiet ones, else marked: do not rely on those figures."
         )
     mixed = [run for run in report.runs if run.state == "mixed"]
     if mixed:
@@ -208,7 +216,7 @@ def svg(report: Report) -> str:
     for cell in report.mode.cells:
         rows = []
         for name in backends:
-            rates = [run.result.requests_per_s for run in report.of(name, cell)]
+            rates = [run.result.requests_per_s for run in _trusted(report.of(name, cell))[0]]
             if rates:
                 rows.append((name, stats.summarise(rates)))
         if not rows:

@@ -87,7 +87,7 @@ class Runner:
             if cell.thin:
                 continue
             for backend in filled:
-                self._one(number, backend, cell)
+                self._until_quiet(number, backend, cell)
         for backend in order:
             remove(self._directory(backend))
         for cell in self.mode.cells:
@@ -113,7 +113,17 @@ class Runner:
         self.failures.append(Failure(backend.name, cell, number, reason))
         self.say(f"{backend.name} {cell}: failed: {reason}")
 
-    def _one(self, number: int, backend: Backend, cell: Cell) -> None:
+    def _until_quiet(self, number: int, backend: Backend, cell: Cell) -> None:
+        """Runs again what was noisy, a bounded number of times; every run is kept.
+
+        Chosen by what others did on the machine, never by the figure itself.
+        """
+        for _ in range(1 + self.mode.retries):
+            run = self._one(number, backend, cell)
+            if run is None or not run.noise:
+                return
+
+    def _one(self, number: int, backend: Backend, cell: Cell) -> Run | None:
         # Nothing is left of former runs in the page cache, dirty or clean.
         dropped = drop_caches()
         directory, size = self._directory(backend), self.mode.region_bytes
@@ -136,11 +146,11 @@ class Runner:
                 )
         except (BackendError, loadgen.LoadgenError) as error:
             self._failed(backend, cell.name, number, str(error))
-            return
+            return None
         if result.errors.total:
             reason = f"{result.errors.total} requests failed"
             self._failed(backend, cell.name, number, reason)
-            return
+            return None
         run = judge(result, backend.name, cell.name, number, dropped=dropped)
         self.runs.append(run)
         self.say(
@@ -148,6 +158,7 @@ class Runner:
             f"{result.requests_per_s:12,.0f}/s  {run.state}"
             + (f"  noisy: {'; '.join(run.noise)}" if run.noise else "")
         )
+        return run
 
 
 def judge(result: loadgen.Result, backend: str, cell: str, number: int, *, dropped: bool) -> Run:

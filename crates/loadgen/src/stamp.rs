@@ -111,13 +111,17 @@ impl Stamps {
                 Ok(sequence) => format!("writing {sequence} of it"),
                 Err(reason) => reason.to_owned(),
             };
+            let promised = match expected {
+                0 => "zeroes (it was never written)".to_owned(),
+                _ => format!("writing {expected}"),
+            };
             let maybe = if entry & PENDING != 0 {
-                " or one later"
+                " or the writing after"
             } else {
                 ""
             };
             self.first_mismatch.get_or_insert_with(|| {
-                format!("offset {offset}: writing {expected}{maybe} was promised, found {found}")
+                format!("offset {offset}: promised was {promised}{maybe}, found {found}")
             });
         }
     }

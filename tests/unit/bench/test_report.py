@@ -74,6 +74,15 @@ def test_noise_failures_and_absent_peers_are_told() -> None:
     assert "it &lt;broke&gt;" in text
 
 
+def test_quiet_runs_alone_make_a_figure_where_there_are_some() -> None:
+    made_report = made({"vhostd": result(100_000), "qsd": result(9)})
+    cpu_thief = msgspec.convert(result(1_000, busy_s=3.9), loadgen.Result)
+    made_report.runs.append(judge(cpu_thief, "vhostd", "rd-qd1", 1, dropped=True))
+    text = report.markdown(made_report)
+    assert "| vhostd | 100 (100-100) |" in text
+    assert "1 near; 1 noisy left out |" in text
+
+
 def test_all_three_forms_are_written_and_well_formed(tmp_path: Path) -> None:
     paths = report.write(made({"vhostd": result(200_000), "qsd": result(50_000)}), tmp_path)
     assert [path.suffix for path in paths] == [".json", ".md", ".svg"]
