@@ -358,6 +358,11 @@ impl DirectoryDevice {
         self.files.get(number, access)
     }
 
+    /// Closes all files that may be closed, when the process has no descriptors left.
+    pub(crate) fn close_idle_files(&self) {
+        self.files.close_idle();
+    }
+
     /// Arguments of the openat call that opens a segment.
     pub(crate) fn open_arguments(
         &self,

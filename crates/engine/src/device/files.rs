@@ -131,18 +131,13 @@ impl Files {
     /// more; the oldest of those that may be closed. If none may, the cache grows past its limit,
     /// by what is in flight or unsynced.
     fn evict(&self, inner: &mut Inner) {
-        let mut idle: Vec<_> = inner
-            .files
-            .iter()
-            .filter(|(_, entry)| Arc::strong_count(&entry.file) == 1 && entry.file.is_synced())
-            .map(|(&key, entry)| (entry.used, key.0, key.1))
-            .collect();
-        idle.sort_unstable_by_key(|&(used, ..)| used);
         let excess = inner.files.len() + 1 - self.limit;
-        let count = excess + self.limit / 16;
-        for (_, number, access) in idle.into_iter().take(count) {
-            inner.files.remove(&(number, access));
-        }
+        inner.close(excess + self.limit / 16);
+    }
+
+    /// Closes every file that may be closed.
+    pub(super) fn close_idle(&self) {
+        self.lock().close(usize::MAX);
     }
 
     pub(super) fn forget(&self, number: SegmentNumber) {
@@ -159,6 +154,22 @@ impl Files {
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // The map is whole whenever the lock is released, also by a panic.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Inner {
+    /// Closes up to `count` files, the oldest first, of those that may be closed.
+    fn close(&mut self, count: usize) {
+        let mut idle: Vec<_> = self
+            .files
+            .iter()
+            .filter(|(_, entry)| Arc::strong_count(&entry.file) == 1 && entry.file.is_synced())
+            .map(|(&key, entry)| (entry.used, key))
+            .collect();
+        idle.sort_unstable_by_key(|&(used, _)| used);
+        for (_, key) in idle.into_iter().take(count) {
+            self.files.remove(&key);
+        }
     }
 }
 
@@ -212,6 +223,19 @@ mod tests {
         assert!(!has(&files, 0), "the oldest is closed once it may be");
         adopt(&files, 4);
         assert!(!has(&files, 1));
+    }
+
+    #[test]
+    fn all_but_what_is_in_use_can_be_closed_at_once() {
+        let files = Files::new(8);
+        let in_use = adopt(&files, 0);
+        adopt(&files, 1);
+        adopt(&files, 2).note_write();
+        adopt(&files, 3);
+        files.close_idle();
+        assert_eq!(files.len(), 2);
+        assert!(has(&files, 0) && has(&files, 2));
+        drop(in_use);
     }
 
     #[test]

@@ -131,6 +131,12 @@ impl Slot {
             return Step::Again;
         }
         if let Stage::Opening { access, device, .. } = &self.stage {
+            if matches!(-result, libc::EMFILE | libc::ENFILE) && self.retries < MAX_RETRIES {
+                // Other devices and guests took what the cache was sized for.
+                self.retries = MAX_RETRIES;
+                device.close_idle_files();
+                return Step::Again;
+            }
             if result < 0 {
                 return Step::failed(result);
             }

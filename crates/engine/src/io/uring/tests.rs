@@ -481,3 +481,24 @@ fn dropping_with_unsubmitted_and_helped_work_ends() {
     drop(fixture);
     DirectoryDevice::open(directory.path(), true).expect("nobody holds the device any more");
 }
+
+#[test]
+fn polling_with_nothing_to_do_makes_no_system_call() {
+    let mut fixture = Fixture::new();
+    let bell = eventfd();
+    fixture.io.watch(bell.as_fd(), WatchId(1)).unwrap();
+    fixture.create(1);
+    let mut done = Vec::new();
+    fixture.io.poll(&mut done);
+    let before = fixture.io.system_calls();
+    for _ in 0..1000 {
+        fixture.io.poll(&mut done);
+    }
+    assert_eq!(fixture.io.system_calls(), before);
+    ring_bell(&bell);
+    while !fixture.io.has_fired() {
+        fixture.io.poll(&mut done);
+    }
+    assert!(fixture.io.system_calls() <= before + 2);
+    assert!(done.is_empty());
+}
