@@ -15,3 +15,4 @@ pub mod ring;
 pub mod segment;
 pub mod types;
 pub mod volume;
+pub mod worker;
