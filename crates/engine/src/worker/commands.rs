@@ -180,26 +180,12 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
                     what: "a checkpoint is being made already",
                 }));
             }
-            Ok((slot, io)) => {
+            Ok((slot, _)) => {
                 slot.checkpoint = Some(reply);
-                slot.run(io, |disk, io| disk.start_checkpoint(io));
+                slot.disk.start_checkpoint();
             }
             Err(error) => reply.send(Err(error)),
         }
-    }
-
-    pub(super) fn checkpoint_committed(
-        &mut self,
-        volume: VolumeId,
-        id: u64,
-    ) -> Result<(), CommandError> {
-        let slot = self
-            .volumes
-            .get_mut(volume.0)
-            .filter(|slot| slot.dropping.is_none());
-        let slot = slot.ok_or(CommandError::NoVolume)?;
-        slot.run(&mut self.io, |disk, io| disk.checkpoint_committed(io, id));
-        Ok(())
     }
 
     pub(super) fn start_close(&mut self, volume: VolumeId, reply: Reply<Closed<D>>) {

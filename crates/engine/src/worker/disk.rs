@@ -5,7 +5,9 @@ use std::io;
 use std::os::fd::BorrowedFd;
 
 use crate::io::{Completion, Io};
-use crate::volume::{Finished, Now, Request};
+use crate::volume::{
+    CheckpointResult, Finished, Now, Request, Volume, VolumeError, VolumeEvent, VolumeStats,
+};
 
 /// A volume as a worker drives it; `volume::Volume` in the daemon. I/O tokens are from
 /// `token_base` to `token_base + (1 << 40)`.
@@ -23,12 +25,14 @@ pub trait Disk: Send + 'static {
     fn take_finished(&mut self, out: &mut Vec<Finished>);
     /// Monotonic time at which `advance` wants to be called.
     fn deadline_ns(&self) -> Option<u64>;
-    fn start_checkpoint(&mut self, io: &mut dyn Io);
+    fn start_checkpoint(&mut self);
     fn take_checkpoint(&mut self) -> Option<Result<Self::Checkpoint, Self::Error>>;
-    fn checkpoint_committed(&mut self, io: &mut dyn Io, id: u64);
+    fn checkpoint_committed(&mut self, id: u64);
     fn checkpoint_failed(&mut self, id: u64);
     fn start_close(&mut self, io: &mut dyn Io);
     fn take_closed(&mut self) -> Option<Result<Option<Self::Checkpoint>, Self::Error>>;
+    /// After a close that went well: nothing of it is in flight any more.
+    fn is_closed(&self) -> bool;
     fn resize(&mut self, size_bytes: u64);
     fn size_bytes(&self) -> u64;
     fn stats(&self) -> Self::Stats;
@@ -42,4 +46,79 @@ pub trait WorkerIo: Io + 'static {
     fn unwatch(&mut self, id: u64);
     /// Appends the ids whose eventfds became readable since the last call.
     fn take_fired(&mut self, out: &mut Vec<u64>);
+}
+
+impl Disk for Volume {
+    type Checkpoint = CheckpointResult;
+    type Error = VolumeError;
+    type Event = VolumeEvent;
+    type Stats = VolumeStats;
+
+    fn attach(&mut self, token_base: u64) {
+        Self::attach(self, token_base);
+    }
+
+    fn submit(&mut self, io: &mut dyn Io, request: Request, now: Now) {
+        Self::submit(self, io, request, now);
+    }
+
+    fn on_completion(&mut self, io: &mut dyn Io, completion: Completion, now: Now) {
+        Self::on_completion(self, io, completion, now);
+    }
+
+    fn advance(&mut self, io: &mut dyn Io, now: Now) {
+        Self::advance(self, io, now);
+    }
+
+    fn take_finished(&mut self, out: &mut Vec<Finished>) {
+        Self::take_finished(self, out);
+    }
+
+    fn deadline_ns(&self) -> Option<u64> {
+        Self::deadline_ns(self)
+    }
+
+    fn start_checkpoint(&mut self) {
+        Self::start_checkpoint(self);
+    }
+
+    fn take_checkpoint(&mut self) -> Option<Result<CheckpointResult, VolumeError>> {
+        Self::take_checkpoint(self)
+    }
+
+    fn checkpoint_committed(&mut self, id: u64) {
+        Self::checkpoint_committed(self, id);
+    }
+
+    fn checkpoint_failed(&mut self, id: u64) {
+        Self::checkpoint_failed(self, id);
+    }
+
+    fn start_close(&mut self, io: &mut dyn Io) {
+        Self::start_close(self, io);
+    }
+
+    fn take_closed(&mut self) -> Option<Result<Option<CheckpointResult>, VolumeError>> {
+        Self::take_closed(self)
+    }
+
+    fn is_closed(&self) -> bool {
+        Self::is_closed(self)
+    }
+
+    fn resize(&mut self, size_bytes: u64) {
+        Self::resize(self, size_bytes);
+    }
+
+    fn size_bytes(&self) -> u64 {
+        Self::size_bytes(self)
+    }
+
+    fn stats(&self) -> VolumeStats {
+        Self::stats(self)
+    }
+
+    fn take_events(&mut self, out: &mut Vec<VolumeEvent>) {
+        Self::take_events(self, out);
+    }
 }

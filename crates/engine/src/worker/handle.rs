@@ -329,7 +329,10 @@ impl<D: Disk, I: WorkerIo> WorkerHandle<D, I> {
     /// # Errors
     /// There is no such volume.
     pub fn checkpoint_committed(&self, volume: VolumeId, id: u64) -> Result<(), CommandError> {
-        self.with(move |worker| worker.checkpoint_committed(volume, id))
+        self.with(move |worker| {
+            worker.disk(volume)?.checkpoint_committed(id);
+            Ok(())
+        })
     }
 
     /// # Errors
@@ -353,7 +356,8 @@ impl<D: Disk, I: WorkerIo> WorkerHandle<D, I> {
         self.call(move |worker, reply| worker.start_close(volume, reply))
     }
 
-    /// Forgets a volume, closed or not; without a close it is as after a crash. Waits for its I/O.
+    /// Forgets a volume, closed or not; without a close it is as after a crash. Waits for its I/O,
+    /// and for the removal of files that a committed checkpoint has made useless.
     ///
     /// # Errors
     /// Exports are open.

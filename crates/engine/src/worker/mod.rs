@@ -24,6 +24,8 @@ mod handle;
 mod turn;
 
 #[cfg(test)]
+mod testing;
+#[cfg(test)]
 mod tests;
 
 pub use clock::now;

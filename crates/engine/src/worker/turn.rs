@@ -78,6 +78,8 @@ pub(super) struct VolumeSlot<D: Disk> {
     pub close: Option<Reply<Closed<D>>>,
     /// It takes no more requests.
     pub closing: bool,
+    /// Its close went well: it is driven until it is quiet, also while it is dropped.
+    pub closed: bool,
     /// It goes when its operations have come back: their buffers are its own.
     pub dropping: Option<Reply<()>>,
     operations: usize,
@@ -116,11 +118,17 @@ impl<D: Disk> VolumeSlot<D> {
             checkpoint: None,
             close: None,
             closing: false,
+            closed: false,
             dropping: None,
             operations: 0,
             requests: Vec::new(),
             free: Vec::new(),
         }
+    }
+
+    /// Whether the volume goes on with its work; otherwise its operations are waited for, no more.
+    fn is_driven(&self) -> bool {
+        self.dropping.is_none() || (self.closed && !self.disk.is_closed())
     }
 
     /// Calls the volume with an I/O queue that counts.
@@ -314,11 +322,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
             busy |= self.collect(now);
             self.check_memory();
             busy |= self.serve(now);
-            for (_, slot) in self
-                .volumes
-                .iter_mut()
-                .filter(|(_, slot)| slot.dropping.is_none())
-            {
+            for (_, slot) in self.volumes.iter_mut().filter(|(_, slot)| slot.is_driven()) {
                 slot.run(&mut self.io, |disk, io| disk.advance(io, now));
             }
             busy |= self.deliver();
@@ -363,7 +367,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
                 unreachable!("a volume stays until its operations have come back")
             };
             slot.operations -= 1;
-            if slot.dropping.is_none() {
+            if slot.is_driven() {
                 slot.run(&mut self.io, |disk, io| {
                     disk.on_completion(io, completion, now)
                 });
@@ -547,7 +551,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
         let mut gone = Vec::new();
         for (index, slot) in self.volumes.iter_mut() {
             if slot.dropping.is_some() {
-                if slot.operations == 0 {
+                if slot.operations == 0 && !slot.is_driven() {
                     gone.push(index);
                 }
                 continue;
@@ -570,6 +574,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
                 && let Some(result) = slot.disk.take_closed()
                 && let Some(reply) = slot.close.take()
             {
+                slot.closed = result.is_ok();
                 reply.send(Ok(result));
                 any = true;
             }
@@ -627,11 +632,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
         }
         let mut timeout_ns: Option<u64> = None;
         let mut limit = |ns: u64| timeout_ns = Some(timeout_ns.map_or(ns, |t| t.min(ns)));
-        for (_, slot) in self
-            .volumes
-            .iter_mut()
-            .filter(|(_, slot)| slot.dropping.is_none())
-        {
+        for (_, slot) in self.volumes.iter_mut().filter(|(_, slot)| slot.is_driven()) {
             if let Some(deadline_ns) = slot.disk.deadline_ns() {
                 limit(deadline_ns.saturating_sub(now.monotonic_ns));
             }
