@@ -317,7 +317,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
                 what: "kick",
                 error,
             })?;
-            self.watches.insert(watch, (id.0, index.into()));
+            self.watches.insert(watch.0, (id.0, index.into()));
         }
         let queue = self.export(id)?.queue(index)?;
         let old = std::mem::replace(&mut queue.kick, kick.map(|fd| Kick { fd, watch }));
@@ -329,7 +329,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
 
     fn forget_kick(&mut self, kick: &Kick) {
         self.io.unwatch(kick.watch);
-        self.watches.remove(&kick.watch);
+        self.watches.remove(&kick.watch.0);
     }
 
     pub(super) fn stop_queue(&mut self, id: ExportId, index: u16, reply: Reply<u16>) {

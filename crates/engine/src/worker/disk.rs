@@ -4,7 +4,7 @@
 use std::io;
 use std::os::fd::BorrowedFd;
 
-use crate::io::{Completion, Io};
+use crate::io::{Completion, Io, UringIo, WatchId};
 use crate::volume::{
     CheckpointResult, Finished, Now, Request, Volume, VolumeError, VolumeEvent, VolumeStats,
 };
@@ -42,10 +42,10 @@ pub trait Disk: Send + 'static {
 /// An [`Io`] whose `wait` also returns when a watched eventfd becomes readable.
 pub trait WorkerIo: Io + 'static {
     /// `fd` stays open until `unwatch`. An id is used once.
-    fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> io::Result<()>;
-    fn unwatch(&mut self, id: u64);
+    fn watch(&mut self, fd: BorrowedFd<'_>, id: WatchId) -> io::Result<()>;
+    fn unwatch(&mut self, id: WatchId);
     /// Appends the ids whose eventfds became readable since the last call.
-    fn take_fired(&mut self, out: &mut Vec<u64>);
+    fn take_fired(&mut self, out: &mut Vec<WatchId>);
 }
 
 impl Disk for Volume {
@@ -120,5 +120,19 @@ impl Disk for Volume {
 
     fn take_events(&mut self, out: &mut Vec<VolumeEvent>) {
         Self::take_events(self, out);
+    }
+}
+
+impl WorkerIo for UringIo {
+    fn watch(&mut self, fd: BorrowedFd<'_>, id: WatchId) -> io::Result<()> {
+        Self::watch(self, fd, id)
+    }
+
+    fn unwatch(&mut self, id: WatchId) {
+        Self::unwatch(self, id);
+    }
+
+    fn take_fired(&mut self, out: &mut Vec<WatchId>) {
+        Self::take_fired(self, out);
     }
 }

@@ -13,6 +13,7 @@ use std::sync::Arc;
 
 use super::commands::{CommandError, Reply};
 use super::eventfd::EventFd;
+use crate::io::WatchId;
 use crate::request::{DiskShape, F_FLUSH, ID_BYTES};
 use crate::ring::{GuestMemory, QueueConfig, SplitQueue};
 
@@ -76,7 +77,7 @@ pub(super) struct Queue {
 #[derive(Debug)]
 pub(super) struct Kick {
     pub fd: EventFd,
-    pub watch: u64,
+    pub watch: WatchId,
 }
 
 impl Export {

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use super::*;
-use crate::io::{Completion, Io, Op, Target, Token};
+use crate::io::{Completion, Io, Op, Target, Token, WatchId};
 use crate::request::{F_FLUSH, ID_BYTES};
 use crate::ring::testing::*;
 use crate::ring::{F_INDIRECT_DESC, F_VERSION_1};
@@ -22,8 +22,8 @@ pub const LIMIT: Duration = Duration::from_secs(20);
 #[derive(Default)]
 pub struct PollIo {
     pub control: Arc<Control>,
-    pub watched: Vec<(i32, u64)>,
-    pub fired: Vec<u64>,
+    pub watched: Vec<(i32, WatchId)>,
+    pub fired: Vec<WatchId>,
 }
 
 impl Io for PollIo {
@@ -64,17 +64,17 @@ impl Io for PollIo {
 }
 
 impl WorkerIo for PollIo {
-    fn watch(&mut self, fd: BorrowedFd<'_>, id: u64) -> std::io::Result<()> {
+    fn watch(&mut self, fd: BorrowedFd<'_>, id: WatchId) -> std::io::Result<()> {
         use std::os::fd::AsRawFd;
         self.watched.push((fd.as_raw_fd(), id));
         Ok(())
     }
 
-    fn unwatch(&mut self, id: u64) {
+    fn unwatch(&mut self, id: WatchId) {
         self.watched.retain(|&(_, watched)| watched != id);
     }
 
-    fn take_fired(&mut self, out: &mut Vec<u64>) {
+    fn take_fired(&mut self, out: &mut Vec<WatchId>) {
         out.append(&mut self.fired);
     }
 }

@@ -18,7 +18,7 @@ use super::eventfd::EventFd;
 use super::events::{Event, Events};
 use super::export::Export;
 use super::handle::{Command, Slots};
-use crate::io::{AlignedBuf, Completion, Io, IoBuf, Op, Target, Token};
+use crate::io::{AlignedBuf, Completion, Io, IoBuf, Op, Target, Token, WatchId};
 use crate::request::{self, Action, Status};
 use crate::ring::{Chain, GuestMemory, QueueError, losses};
 use crate::types::Uuid;
@@ -34,7 +34,7 @@ const COMMANDS: usize = 64;
 /// (vhost-user.rst, VHOST_USER_SET_VRING_KICK: polling is used instead).
 const POLLED_QUEUE_NS: u64 = 100_000;
 /// Watch of the worker's own eventfd; kicks count from there.
-const WAKE_WATCH: u64 = 0;
+const WAKE_WATCH: WatchId = WatchId(0);
 
 /// Where a request came from and where its answer goes.
 #[derive(Debug)]
@@ -277,7 +277,7 @@ pub struct Worker<D: Disk, I: WorkerIo> {
     chain: Chain,
     completions: Vec<Completion>,
     finished: Vec<Finished>,
-    fired: Vec<u64>,
+    fired: Vec<WatchId>,
     volume_events: Vec<D::Event>,
 }
 
@@ -298,7 +298,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
             active_stale: false,
             touched: Vec::new(),
             watches: HashMap::new(),
-            next_watch: WAKE_WATCH + 1,
+            next_watch: WAKE_WATCH.0,
             commands,
             wake,
             events,
@@ -693,7 +693,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
         for id in fired.drain(..) {
             if id == WAKE_WATCH {
                 self.wake.clear();
-            } else if let Some(&(e, q)) = self.watches.get(&id)
+            } else if let Some(&(e, q)) = self.watches.get(&id.0)
                 && let Some(export) = self.exports.get_mut(e)
                 && let Some(kick) = &export.queues[q].kick
             {
@@ -704,8 +704,8 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
     }
 
     /// An id for a watch that was never used.
-    pub(super) fn fresh_watch(&mut self) -> u64 {
+    pub(super) fn fresh_watch(&mut self) -> WatchId {
         self.next_watch += 1;
-        self.next_watch
+        WatchId(self.next_watch)
     }
 }
