@@ -2,7 +2,7 @@
 //!
 //! Invariants:
 //! - A file is closed only when no operation uses it: operations hold the `Arc`.
-//! - A file with writes that no sync has covered yet is not evicted. The kernel reports a failed
+//! - A file with buffered writes that no sync has covered yet is not evicted. The kernel reports a failed
 //!   write-back to the descriptors that were open when it failed; closing the last one could lose
 //!   the error, and the sync after that would claim success for data that is gone.
 //!
@@ -28,6 +28,7 @@ pub(crate) enum Access {
 #[derive(Debug)]
 pub(crate) struct SegmentFile {
     fd: OwnedFd,
+    access: Access,
     /// Writes completed through this descriptor.
     written: AtomicU64,
     /// How many of them a successful sync has covered.
@@ -35,9 +36,10 @@ pub(crate) struct SegmentFile {
 }
 
 impl SegmentFile {
-    pub(crate) const fn new(fd: OwnedFd) -> Self {
+    pub(crate) const fn new(fd: OwnedFd, access: Access) -> Self {
         Self {
             fd,
+            access,
             written: AtomicU64::new(0),
             synced: AtomicU64::new(0),
         }
@@ -47,7 +49,12 @@ impl SegmentFile {
         self.fd.as_raw_fd()
     }
 
+    /// A write has completed. Only write-back can fail later on and unseen: the errors of direct
+    /// writes come with their completions, and syncs go through the buffered descriptor.
     pub(crate) fn note_write(&self) {
+        if self.access == Access::Direct {
+            return;
+        }
         self.written.fetch_add(1, Ordering::Relaxed);
     }
 
@@ -120,7 +127,7 @@ impl Files {
             .files
             .entry((number, access))
             .or_insert_with(|| Entry {
-                file: Arc::new(SegmentFile::new(fd)),
+                file: Arc::new(SegmentFile::new(fd, access)),
                 used,
             });
         entry.used = used;
@@ -240,7 +247,7 @@ mod tests {
 
     #[test]
     fn sync_covers_only_writes_before_it() {
-        let file = SegmentFile::new(fd());
+        let file = SegmentFile::new(fd(), Access::Buffered);
         file.note_write();
         let covered = file.writes();
         file.note_write();
@@ -248,6 +255,16 @@ mod tests {
         assert!(!file.is_synced());
         file.note_sync(file.writes());
         assert!(file.is_synced());
+    }
+
+    #[test]
+    fn direct_writes_do_not_keep_a_file_open() {
+        let files = Files::new(1);
+        for number in 0..10 {
+            let file = files.adopt(SegmentNumber(number), Access::Direct, fd());
+            file.note_write();
+        }
+        assert_eq!(files.len(), 1);
     }
 
     #[test]

@@ -79,10 +79,10 @@ pub struct UringIo {
     fired: Vec<WatchId>,
     /// Started with its first job.
     helper: Option<Helper>,
-    /// Buffers that are kept for their capacity.
-    completed: Vec<(u64, i32, u32)>,
     /// System calls made for the ring.
     enters: u64,
+    /// Buffers that are kept for their capacity.
+    completed: Vec<(u64, i32, u32)>,
     helped: Vec<(u32, io::Result<()>)>,
 }
 
@@ -402,8 +402,9 @@ impl UringIo {
         let Some(helper) = &self.helper else {
             return;
         };
-        helper.take(&mut self.helped);
-        for (index, result) in std::mem::take(&mut self.helped) {
+        let mut helped = std::mem::take(&mut self.helped);
+        helper.take(&mut helped);
+        for (index, result) in helped.drain(..) {
             if let Some(slot) = self.slots[index as usize].take() {
                 self.free_slots.push(index);
                 self.ready.push(Completion {
@@ -412,6 +413,7 @@ impl UringIo {
                 });
             }
         }
+        self.helped = helped;
     }
 
     fn help(&mut self, slot: u32, device: Arc<DirectoryDevice>, task: Task) -> io::Result<()> {
@@ -628,6 +630,7 @@ fn build_ring(entries: u32) -> io::Result<(IoUring, bool)> {
     builder
         .dontfork()
         .setup_r_disabled()
+        .setup_submit_all()
         .setup_single_issuer()
         .setup_defer_taskrun()
         .setup_taskrun_flag();

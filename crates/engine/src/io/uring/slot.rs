@@ -284,6 +284,7 @@ mod tests {
             work,
             stage: Stage::Running(Arc::new(SegmentFile::new(
                 File::open("/dev/null").unwrap().into(),
+                Access::Buffered,
             ))),
             retries: 0,
         }
