@@ -1,0 +1,355 @@
+//! A volume with a catalog and an exact model beside it, over any `Io`.
+
+#![allow(dead_code, reason = "each test file uses its part")]
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use vhostd_engine::device::SegmentNumbers;
+use vhostd_engine::io::{AlignedBuf, DeviceId, Io, IoBuf};
+use vhostd_engine::log::Recovery;
+use vhostd_engine::types::{Epoch, SegmentNumber, Uuid};
+use vhostd_engine::volume::{
+    self, CheckpointResult, CheckpointState, Finished, MapBudget, Now, Request, RequestFailed,
+    RequestId, RequestKind, SegmentRow, Volume, VolumeError, VolumeEvent, VolumeSpec,
+};
+
+pub const SECTOR: u64 = 512;
+pub const POOL: Uuid = Uuid([1; 16]);
+pub const VOLUME: Uuid = Uuid([2; 16]);
+
+/// A small deterministic generator (xorshift64*), so that a seed tells everything.
+#[derive(Clone, Debug)]
+pub struct Rng(u64);
+
+impl Rng {
+    pub fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    pub fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    /// Below `end`.
+    pub fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    pub fn chance(&mut self, one_in: u64) -> bool {
+        self.below(one_in) == 0
+    }
+}
+
+/// What the catalog would hold.
+#[derive(Clone, Debug)]
+pub struct Catalog {
+    pub checkpoint: CheckpointState,
+    pub mapped_blocks: u64,
+    pub rows: BTreeMap<SegmentNumber, SegmentRow>,
+    pub epoch: Epoch,
+    pub size_bytes: u64,
+    pub next_number: u64,
+}
+
+impl Catalog {
+    pub fn new(size_bytes: u64) -> Self {
+        Self {
+            checkpoint: CheckpointState::nothing(),
+            mapped_blocks: 0,
+            rows: BTreeMap::new(),
+            epoch: Epoch(0),
+            size_bytes,
+            next_number: 1,
+        }
+    }
+
+    pub fn commit(&mut self, result: &CheckpointResult) {
+        self.checkpoint = result.state;
+        self.mapped_blocks = result.mapped_blocks;
+        for row in &result.changed {
+            self.rows.insert(row.number, *row);
+        }
+        for number in &result.removed {
+            self.rows.remove(number);
+        }
+    }
+}
+
+/// How a test volume is set up.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    pub size_bytes: u64,
+    pub segment_bytes: u64,
+    pub staging_bytes: u64,
+    pub map_bytes: usize,
+    pub checkpoint_log_bytes: u64,
+    pub staging_path: PathBuf,
+}
+
+impl Setup {
+    pub fn small(staging_path: PathBuf) -> Self {
+        Self {
+            size_bytes: 64 << 20,
+            segment_bytes: 1 << 20,
+            staging_bytes: 1 << 20,
+            map_bytes: 1 << 20,
+            checkpoint_log_bytes: 4 << 20,
+            staging_path,
+        }
+    }
+}
+
+/// An open volume and what drives it.
+pub struct Harness<'a> {
+    pub io: &'a mut dyn Io,
+    pub volume: Volume,
+    pub recovery: Recovery,
+    pub catalog: Catalog,
+    pub numbers: Arc<SegmentNumbers>,
+    pub events: Vec<VolumeEvent>,
+    pub clock_ns: u64,
+    pub finished: Vec<Finished>,
+    next_id: u64,
+}
+
+impl<'a> Harness<'a> {
+    /// Opens the volume, giving recovery the segments that `on_device` lists.
+    pub fn open(
+        io: &'a mut dyn Io,
+        setup: &Setup,
+        mut catalog: Catalog,
+        on_device: &[SegmentNumber],
+    ) -> Result<Self, VolumeError> {
+        let numbers = Arc::new(SegmentNumbers::new());
+        // The high-water mark goes up in the catalog before numbers are used.
+        let first = catalog.next_number;
+        catalog.next_number += 100_000;
+        numbers
+            .grant(SegmentNumber(first), SegmentNumber(catalog.next_number))
+            .expect("a fresh table takes any grant");
+        let previous_epoch = catalog.epoch;
+        catalog.epoch = previous_epoch.plus(1);
+        let spec = VolumeSpec {
+            device: DeviceId(0),
+            pool: POOL,
+            volume: VOLUME,
+            name: "test".into(),
+            size_bytes: catalog.size_bytes,
+            logical_block_bytes: 512,
+            segment_bytes: setup.segment_bytes,
+            previous_epoch,
+            epoch: catalog.epoch,
+            read_only: false,
+            checkpoint: catalog.checkpoint,
+            mapped_blocks: catalog.mapped_blocks,
+            segments: catalog.rows.values().copied().collect(),
+            uncatalogued: on_device
+                .iter()
+                .copied()
+                .filter(|number| !catalog.rows.contains_key(number))
+                .collect(),
+            numbers: Arc::clone(&numbers),
+            staging_path: setup.staging_path.clone(),
+            staging_bytes: setup.staging_bytes,
+            map_budget: Arc::new(MapBudget::new(setup.map_bytes)),
+            checkpoint_log_bytes: setup.checkpoint_log_bytes,
+        };
+        let (mut volume, recovery) = volume::open(spec, io)?;
+        volume.attach(0);
+        Ok(Self {
+            io,
+            volume,
+            recovery,
+            catalog,
+            numbers,
+            events: Vec::new(),
+            clock_ns: 1,
+            finished: Vec::new(),
+            next_id: 0,
+        })
+    }
+
+    pub fn now(&self) -> Now {
+        Now { monotonic_ns: self.clock_ns, realtime_ns: 1_700_000_000_000_000_000 + self.clock_ns }
+    }
+
+    pub fn submit(&mut self, kind: RequestKind, write_through: bool) -> RequestId {
+        self.next_id += 1;
+        let id = RequestId(self.next_id);
+        let now = self.now();
+        self.volume.submit(self.io, Request { id, kind, write_through }, now);
+        id
+    }
+
+    /// One turn of a worker's loop. `block`: sleep until something happens.
+    pub fn turn(&mut self, block: bool) {
+        let mut completions = Vec::new();
+        let now = self.now();
+        self.volume.advance(self.io, now);
+        if block && self.io.in_flight() > 0 {
+            self.io.wait(Some(Duration::from_millis(100)), &mut completions);
+        } else {
+            self.io.poll(&mut completions);
+        }
+        for completion in completions {
+            self.volume.on_completion(self.io, completion, now);
+        }
+        self.volume.advance(self.io, now);
+        self.volume.take_finished(&mut self.finished);
+        self.volume.take_events(&mut self.events);
+        self.clock_ns += 10_000;
+    }
+
+    pub fn wait_for(&mut self, id: RequestId) -> Result<(), RequestFailed> {
+        loop {
+            self.volume.take_finished(&mut self.finished);
+            if let Some(at) = self.finished.iter().position(|finished| finished.id == id) {
+                return self.finished.swap_remove(at).result;
+            }
+            self.turn(true);
+        }
+    }
+
+    pub fn run(&mut self, kind: RequestKind, write_through: bool) -> Result<(), RequestFailed> {
+        let id = self.submit(kind, write_through);
+        self.wait_for(id)
+    }
+
+    pub fn write(&mut self, offset_bytes: u64, data: &[u8]) -> Result<(), RequestFailed> {
+        let buffer = Memory::new(data);
+        self.run(RequestKind::Write { offset_bytes, from: buffer.bufs() }, false)
+    }
+
+    pub fn read(&mut self, offset_bytes: u64, len: usize) -> Result<Vec<u8>, RequestFailed> {
+        let buffer = Memory::new(&vec![0xee; len]);
+        self.run(RequestKind::Read { offset_bytes, into: buffer.bufs() }, false)?;
+        Ok(buffer.bytes())
+    }
+
+    pub fn flush(&mut self) -> Result<(), RequestFailed> {
+        self.run(RequestKind::Flush, false)
+    }
+
+    pub fn unmap(&mut self, offset_bytes: u64, len: u64, exact: bool) -> Result<(), RequestFailed> {
+        self.run(RequestKind::Unmap { offset_bytes, len_bytes: len, exact }, false)
+    }
+
+    pub fn checkpoint(&mut self) -> Result<CheckpointResult, VolumeError> {
+        self.volume.start_checkpoint();
+        let result = loop {
+            self.turn(true);
+            if let Some(result) = self.volume.take_checkpoint() {
+                break result?;
+            }
+        };
+        self.catalog.commit(&result);
+        self.volume.checkpoint_committed(result.id);
+        self.settle();
+        Ok(result)
+    }
+
+    /// Takes turns until nothing is in flight.
+    pub fn settle(&mut self) {
+        self.turn(false);
+        while self.io.in_flight() > 0 {
+            self.turn(true);
+        }
+    }
+
+    /// Closes the volume and gives the catalog back.
+    pub fn close(mut self) -> Result<Catalog, VolumeError> {
+        self.volume.start_close(self.io);
+        let result = loop {
+            self.turn(true);
+            if let Some(result) = self.volume.take_closed() {
+                break result?;
+            }
+        };
+        if let Some(result) = result {
+            self.catalog.commit(&result);
+            self.volume.checkpoint_committed(result.id);
+        }
+        while !self.volume.is_closed() {
+            self.turn(true);
+        }
+        Ok(self.catalog)
+    }
+}
+
+/// Memory that a request may use, split in uneven parts as a guest's might be.
+pub struct Memory {
+    buffer: AlignedBuf,
+    len: usize,
+}
+
+impl Memory {
+    pub fn new(data: &[u8]) -> Self {
+        let mut buffer = AlignedBuf::new(data.len().max(1));
+        buffer[..data.len()].copy_from_slice(data);
+        Self { buffer, len: data.len() }
+    }
+
+    pub fn bufs(&self) -> Vec<IoBuf> {
+        // SAFETY: the tests keep the memory until the request has finished.
+        let whole = unsafe { self.buffer.io_buf() };
+        let first = (self.len / 3).next_multiple_of(SECTOR as usize).min(self.len);
+        [whole.slice(0, first), whole.slice(first, self.len - first)]
+            .into_iter()
+            .filter(|buf| !buf.is_empty())
+            .collect()
+    }
+
+    pub fn bytes(&self) -> Vec<u8> {
+        self.buffer[..self.len].to_vec()
+    }
+}
+
+/// Contents of a volume, sector by sector: a stamp, or 0 for zeroes.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Model {
+    sectors: BTreeMap<u64, u64>,
+}
+
+impl Model {
+    /// Bytes that stamp `stamp` writes to sector `sector`.
+    pub fn sector_bytes(sector: u64, stamp: u64) -> Vec<u8> {
+        if stamp == 0 {
+            return vec![0; SECTOR as usize];
+        }
+        let mut rng = Rng::new(stamp ^ sector.rotate_left(32));
+        (0..SECTOR / 8).flat_map(|_| rng.next().to_le_bytes()).collect()
+    }
+
+    pub fn bytes(&self, offset_bytes: u64, len: usize) -> Vec<u8> {
+        let first = offset_bytes / SECTOR;
+        (first..first + len as u64 / SECTOR)
+            .flat_map(|s| Self::sector_bytes(s, self.sectors.get(&s).copied().unwrap_or(0)))
+            .collect()
+    }
+
+    pub fn write(&mut self, offset_bytes: u64, len: usize, stamp: u64) {
+        for sector in offset_bytes / SECTOR..(offset_bytes + len as u64) / SECTOR {
+            if stamp == 0 {
+                self.sectors.remove(&sector);
+            } else {
+                self.sectors.insert(sector, stamp);
+            }
+        }
+    }
+
+    pub fn stamped(offset_bytes: u64, len: usize, stamp: u64) -> Vec<u8> {
+        let first = offset_bytes / SECTOR;
+        (first..first + len as u64 / SECTOR).flat_map(|s| Self::sector_bytes(s, stamp)).collect()
+    }
+
+    /// Sectors that are not zero.
+    pub fn sectors(&self) -> impl Iterator<Item = u64> {
+        self.sectors.keys().copied()
+    }
+}

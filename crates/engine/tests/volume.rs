@@ -1,0 +1,340 @@
+//! Volumes on a real directory through io_uring: contents against an exact model, over closing, the
+//! daemon's death, lost staging memory and a full file system.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+mod common;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use common::{Catalog, Harness, Memory, Model, POOL, Rng, SECTOR, Setup};
+use vhostd_engine::device::{DirectoryDevice, Superblock};
+use vhostd_engine::io::{DeviceId, UringIo};
+use vhostd_engine::types::{SegmentNumber, Uuid};
+use vhostd_engine::volume::{RequestFailed, RequestKind, VolumeEvent};
+
+const MIB: u64 = 1 << 20;
+
+/// A directory that goes away with the test.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new(name: &str) -> Self {
+        let path = std::env::temp_dir().join(format!("vhostd-{name}-{}", std::process::id()));
+        let _ = std::fs::remove_dir_all(&path);
+        std::fs::create_dir_all(path.join("device")).unwrap();
+        Self(path)
+    }
+
+    fn staging(&self) -> PathBuf {
+        self.0.join("staging")
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+struct Rig {
+    device: Arc<DirectoryDevice>,
+    io: UringIo,
+}
+
+impl Rig {
+    fn format(path: &Path, setup: &Setup) -> Self {
+        let superblock = Superblock {
+            pool: POOL,
+            device: Uuid([9; 16]),
+            segment_bytes: setup.segment_bytes,
+            created_ns: 1,
+            pool_name: "pool".into(),
+        };
+        DirectoryDevice::format(path, &superblock).unwrap();
+        Self::open(path)
+    }
+
+    fn open(path: &Path) -> Self {
+        let device = Arc::new(DirectoryDevice::open(path, true).unwrap());
+        let mut io = UringIo::new(256).unwrap();
+        io.add_device(DeviceId(0), Arc::clone(&device));
+        Self { device, io }
+    }
+
+    fn list(&self) -> Vec<SegmentNumber> {
+        self.device.list().unwrap()
+    }
+}
+
+/// One random change, in the volume and in the model.
+fn random_change(harness: &mut Harness<'_>, model: &mut Model, rng: &mut Rng, stamp: u64) {
+    let sectors = harness.catalog.size_bytes / SECTOR;
+    let most = if rng.chance(8) { 3000 } else { 40 };
+    let mut start = rng.below(sectors);
+    let mut count = (1 + rng.below(most)).min(sectors - start);
+    if rng.chance(2) {
+        start &= !7;
+        count = count.next_multiple_of(8).min(sectors - start);
+    }
+    let (offset, len) = (start * SECTOR, (count * SECTOR) as usize);
+    match rng.below(10) {
+        0 => {
+            harness.unmap(offset, len as u64, true).unwrap();
+            model.write(offset, len, 0);
+        }
+        1 => {
+            // A discard may leave parts of blocks alone: aligned ones are exact.
+            let (from, to) = (offset.next_multiple_of(4096), (offset + len as u64) & !4095);
+            if from < to {
+                harness.unmap(from, to - from, false).unwrap();
+                model.write(from, (to - from) as usize, 0);
+            }
+        }
+        _ => {
+            harness.write(offset, &Model::stamped(offset, len, stamp)).unwrap();
+            model.write(offset, len, stamp);
+        }
+    }
+}
+
+fn check(harness: &mut Harness<'_>, model: &Model, seed: u64) {
+    let size = harness.catalog.size_bytes;
+    let step = 257 * 4096 + 512;
+    let mut offset = 0;
+    while offset < size {
+        let len = (step as u64).min(size - offset) as usize;
+        let got = harness.read(offset, len).unwrap();
+        if got != model.bytes(offset, len) {
+            let wrong = got.iter().zip(model.bytes(offset, len)).position(|(a, b)| *a != b).unwrap();
+            panic!("seed {seed}: byte {} is wrong", offset + wrong as u64);
+        }
+        offset += len as u64;
+    }
+}
+
+fn seed() -> u64 {
+    std::env::var("VHOSTD_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed)
+}
+
+#[test]
+fn contents_survive_closing_and_checkpoints() {
+    let scratch = Scratch::new("close");
+    let setup = Setup::small(scratch.staging());
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let mut catalog = Catalog::new(setup.size_bytes);
+    let (mut model, mut rng) = (Model::default(), Rng::new(seed()));
+    let mut stamp = 0;
+    for _ in 0..4 {
+        let listed = rig.list();
+        let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
+        assert_eq!(harness.recovery.records, 0, "a closed volume needs no replay");
+        assert!(harness.recovery.warnings.is_empty(), "{:?}", harness.recovery.warnings);
+        check(&mut harness, &model, seed());
+        for i in 0..120 {
+            stamp += 1;
+            random_change(&mut harness, &mut model, &mut rng, stamp);
+            if i % 50 == 49 {
+                harness.checkpoint().unwrap();
+            }
+        }
+        check(&mut harness, &model, seed());
+        catalog = harness.close().unwrap();
+        assert!(!setup.staging_path.exists(), "a closed volume has nothing staged");
+    }
+}
+
+#[test]
+fn acknowledged_writes_survive_the_death_of_the_daemon() {
+    let scratch = Scratch::new("kill");
+    let setup = Setup::small(scratch.staging());
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let mut catalog = Catalog::new(setup.size_bytes);
+    let (mut model, mut rng) = (Model::default(), Rng::new(seed() + 1));
+    let mut stamp = 0;
+    for round in 0..12 {
+        let listed = rig.list();
+        let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
+        assert!(harness.recovery.warnings.is_empty(), "{:?}", harness.recovery.warnings);
+        check(&mut harness, &model, seed());
+        for _ in 0..rng.below(60) {
+            stamp += 1;
+            random_change(&mut harness, &mut model, &mut rng, stamp);
+            if rng.chance(20) {
+                harness.checkpoint().unwrap();
+            }
+            if rng.chance(10) {
+                harness.flush().unwrap();
+            }
+        }
+        // Dead: nothing is closed; what was in flight may or may not have happened.
+        catalog = harness.catalog.clone();
+        drop(harness);
+        let _ = round;
+        drop(rig);
+        rig = Rig::open(&scratch.0.join("device"));
+    }
+}
+
+#[test]
+fn flushed_writes_survive_the_loss_of_the_staging_memory() {
+    let scratch = Scratch::new("power");
+    let setup = Setup::small(scratch.staging());
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let mut catalog = Catalog::new(setup.size_bytes);
+    let (mut model, mut rng) = (Model::default(), Rng::new(seed() + 2));
+    let mut stamp = 0;
+    for _ in 0..8 {
+        let listed = rig.list();
+        let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
+        check(&mut harness, &model, seed());
+        for _ in 0..rng.below(60) {
+            stamp += 1;
+            random_change(&mut harness, &mut model, &mut rng, stamp);
+        }
+        harness.flush().unwrap();
+        catalog = harness.catalog.clone();
+        drop(harness);
+        drop(rig);
+        let _ = std::fs::remove_file(&setup.staging_path);
+        rig = Rig::open(&scratch.0.join("device"));
+    }
+}
+
+#[test]
+fn writes_in_parallel_to_parts_of_the_same_blocks_all_arrive() {
+    let scratch = Scratch::new("edges");
+    let setup = Setup::small(scratch.staging());
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let mut harness =
+        Harness::open(&mut rig.io, &setup, Catalog::new(setup.size_bytes), &[]).unwrap();
+    let mut model = Model::default();
+    let mut rng = Rng::new(seed() + 3);
+    for round in 0..60u64 {
+        // Every sector of two blocks by a request of its own, all at once.
+        let base = rng.below(4) * 8192;
+        let mut pending = Vec::new();
+        for sector in 0..16 {
+            let offset = base + sector * SECTOR;
+            let memory = Memory::new(&Model::stamped(offset, SECTOR as usize, round + 1));
+            let kind = RequestKind::Write { offset_bytes: offset, from: memory.bufs() };
+            pending.push((harness.submit(kind, false), memory));
+            model.write(offset, SECTOR as usize, round + 1);
+        }
+        for (id, _memory) in &pending {
+            harness.wait_for(*id).unwrap();
+        }
+        // Pushes the blocks out of the staging ring, so that the next round reads them from disk.
+        harness.write(32 * MIB, &vec![1; MIB as usize]).unwrap();
+        model.write(32 * MIB, MIB as usize, 0);
+    }
+    let got = harness.read(0, 65536).unwrap();
+    assert!(got == model.bytes(0, 65536), "seed {}", seed());
+}
+
+#[test]
+fn space_of_dead_segments_is_freed() {
+    let scratch = Scratch::new("dead");
+    let setup = Setup::small(scratch.staging());
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let device = Arc::clone(&rig.device);
+    let mut harness =
+        Harness::open(&mut rig.io, &setup, Catalog::new(setup.size_bytes), &[]).unwrap();
+    for round in 0..20u64 {
+        for i in 0..8 {
+            let offset = i * MIB;
+            harness.write(offset, &Model::stamped(offset, MIB as usize, round + 1)).unwrap();
+        }
+        harness.flush().unwrap();
+        harness.checkpoint().unwrap();
+    }
+    let segments = device.list().unwrap().len();
+    // 160 MiB were written; 8 MiB are live, in segments of 1 MiB (and a few of maps).
+    assert!(segments < 30, "{segments} segments are left");
+    harness.unmap(0, 8 * MIB, false).unwrap();
+    harness.write(0, &[7; 4096]).unwrap();
+    harness.flush().unwrap();
+    harness.checkpoint().unwrap();
+    harness.write(0, &[8; 4096]).unwrap();
+    harness.checkpoint().unwrap();
+    let segments = device.list().unwrap().len();
+    assert!(segments < 12, "{segments} segments are left after everything was discarded");
+    assert_eq!(harness.read(0, 4096).unwrap(), vec![8; 4096]);
+    assert_eq!(harness.read(MIB, 4096).unwrap(), vec![0; 4096]);
+}
+
+#[test]
+fn a_volume_of_64_tib_takes_nothing_and_keeps_its_far_end() {
+    let scratch = Scratch::new("huge");
+    let mut setup = Setup::small(scratch.staging());
+    setup.size_bytes = 64 << 40;
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let catalog = Catalog::new(setup.size_bytes);
+    let mut harness = Harness::open(&mut rig.io, &setup, catalog, &[]).unwrap();
+    let offsets = [0, 1 << 30, 1 << 40, (32 << 40) + 4096, (64 << 40) - 4096];
+    for offset in offsets {
+        harness.write(offset, &Model::stamped(offset, 4096, 5)).unwrap();
+    }
+    let catalog = harness.close().unwrap();
+    let listed = rig.list();
+    let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
+    for offset in offsets {
+        assert!(harness.read(offset, 4096).unwrap() == Model::stamped(offset, 4096, 5));
+    }
+    harness.unmap(0, 64 << 40, true).unwrap();
+    assert_eq!(harness.volume.stats().mapped_blocks, 0);
+}
+
+#[test]
+fn a_full_file_system_fails_writes_and_heals_when_space_returns() {
+    let scratch = Scratch::new("full");
+    let setup = Setup::small(scratch.staging());
+    let mount = scratch.0.join("small");
+    std::fs::create_dir(&mount).unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=24m", "none"])
+        .arg(&mount)
+        .status()
+        .unwrap();
+    assert!(mounted.success(), "this test mounts a small tmpfs and needs to be root");
+    let result = std::panic::catch_unwind(|| {
+        let device = mount.join("device");
+        std::fs::create_dir(&device).unwrap();
+        let ballast = mount.join("ballast");
+        std::fs::write(&ballast, vec![1; 8 << 20]).unwrap();
+        let mut rig = Rig::format(&device, &setup);
+        let mut harness =
+            Harness::open(&mut rig.io, &setup, Catalog::new(setup.size_bytes), &[]).unwrap();
+        let mut written = Vec::new();
+        let mut refused = 0;
+        for i in 0..40u64 {
+            let offset = i * (MIB / 2);
+            let data = Model::stamped(offset, (MIB / 2) as usize, i + 1);
+            match harness.write(offset, &data) {
+                Ok(()) => written.push((offset, i + 1)),
+                Err(why) => {
+                    assert_eq!(why, RequestFailed::NoSpace);
+                    refused += 1;
+                }
+            }
+        }
+        assert!(refused > 0, "the file system was not filled");
+        assert!(harness.events.contains(&VolumeEvent::DeviceFull));
+        harness.flush().expect("what was acknowledged has its space");
+        for &(offset, stamp) in &written {
+            let wanted = Model::stamped(offset, (MIB / 2) as usize, stamp);
+            assert!(harness.read(offset, (MIB / 2) as usize).unwrap() == wanted);
+        }
+        std::fs::remove_file(&ballast).unwrap();
+        harness.clock_ns += 1_000_000_000;
+        harness.write(60 * MIB, &vec![3; MIB as usize]).expect("space is back");
+        harness.flush().unwrap();
+        assert!(harness.events.contains(&VolumeEvent::SpaceBack));
+        harness.settle();
+    });
+    let _ = std::process::Command::new("umount").arg("-l").arg(&mount).status();
+    if let Err(panic) = result {
+        std::panic::resume_unwind(panic);
+    }
+}
