@@ -93,7 +93,9 @@ fn random_change(harness: &mut Harness<'_>, model: &mut Model, rng: &mut Rng, st
             }
         }
         _ => {
-            harness.write(offset, &Model::stamped(offset, len, stamp)).unwrap();
+            harness
+                .write(offset, &Model::stamped(offset, len, stamp))
+                .unwrap();
             model.write(offset, len, stamp);
         }
     }
@@ -107,7 +109,11 @@ fn check(harness: &mut Harness<'_>, model: &Model, seed: u64) {
         let len = (step as u64).min(size - offset) as usize;
         let got = harness.read(offset, len).unwrap();
         if got != model.bytes(offset, len) {
-            let wrong = got.iter().zip(model.bytes(offset, len)).position(|(a, b)| *a != b).unwrap();
+            let wrong = got
+                .iter()
+                .zip(model.bytes(offset, len))
+                .position(|(a, b)| *a != b)
+                .unwrap();
             panic!("seed {seed}: byte {} is wrong", offset + wrong as u64);
         }
         offset += len as u64;
@@ -115,7 +121,10 @@ fn check(harness: &mut Harness<'_>, model: &Model, seed: u64) {
 }
 
 fn seed() -> u64 {
-    std::env::var("VHOSTD_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed)
+    std::env::var("VHOSTD_SEED")
+        .ok()
+        .and_then(|s| s.parse().ok())
+        .unwrap_or(0x5eed)
 }
 
 #[test]
@@ -129,8 +138,15 @@ fn contents_survive_closing_and_checkpoints() {
     for _ in 0..4 {
         let listed = rig.list();
         let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
-        assert_eq!(harness.recovery.records, 0, "a closed volume needs no replay");
-        assert!(harness.recovery.warnings.is_empty(), "{:?}", harness.recovery.warnings);
+        assert_eq!(
+            harness.recovery.records, 0,
+            "a closed volume needs no replay"
+        );
+        assert!(
+            harness.recovery.warnings.is_empty(),
+            "{:?}",
+            harness.recovery.warnings
+        );
         check(&mut harness, &model, seed());
         for i in 0..120 {
             stamp += 1;
@@ -141,7 +157,10 @@ fn contents_survive_closing_and_checkpoints() {
         }
         check(&mut harness, &model, seed());
         catalog = harness.close().unwrap();
-        assert!(!setup.staging_path.exists(), "a closed volume has nothing staged");
+        assert!(
+            !setup.staging_path.exists(),
+            "a closed volume has nothing staged"
+        );
     }
 }
 
@@ -156,7 +175,11 @@ fn acknowledged_writes_survive_the_death_of_the_daemon() {
     for round in 0..12 {
         let listed = rig.list();
         let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
-        assert!(harness.recovery.warnings.is_empty(), "{:?}", harness.recovery.warnings);
+        assert!(
+            harness.recovery.warnings.is_empty(),
+            "{:?}",
+            harness.recovery.warnings
+        );
         check(&mut harness, &model, seed());
         for _ in 0..rng.below(60) {
             stamp += 1;
@@ -218,7 +241,10 @@ fn writes_in_parallel_to_parts_of_the_same_blocks_all_arrive() {
         for sector in 0..16 {
             let offset = base + sector * SECTOR;
             let memory = Memory::new(&Model::stamped(offset, SECTOR as usize, round + 1));
-            let kind = RequestKind::Write { offset_bytes: offset, from: memory.bufs() };
+            let kind = RequestKind::Write {
+                offset_bytes: offset,
+                from: memory.bufs(),
+            };
             pending.push((harness.submit(kind, false), memory));
             model.write(offset, SECTOR as usize, round + 1);
         }
@@ -244,7 +270,9 @@ fn space_of_dead_segments_is_freed() {
     for round in 0..20u64 {
         for i in 0..8 {
             let offset = i * MIB;
-            harness.write(offset, &Model::stamped(offset, MIB as usize, round + 1)).unwrap();
+            harness
+                .write(offset, &Model::stamped(offset, MIB as usize, round + 1))
+                .unwrap();
         }
         harness.flush().unwrap();
         harness.checkpoint().unwrap();
@@ -259,7 +287,10 @@ fn space_of_dead_segments_is_freed() {
     harness.write(0, &[8; 4096]).unwrap();
     harness.checkpoint().unwrap();
     let segments = device.list().unwrap().len();
-    assert!(segments < 12, "{segments} segments are left after everything was discarded");
+    assert!(
+        segments < 12,
+        "{segments} segments are left after everything was discarded"
+    );
     assert_eq!(harness.read(0, 4096).unwrap(), vec![8; 4096]);
     assert_eq!(harness.read(MIB, 4096).unwrap(), vec![0; 4096]);
 }
@@ -274,7 +305,9 @@ fn a_volume_of_64_tib_takes_nothing_and_keeps_its_far_end() {
     let mut harness = Harness::open(&mut rig.io, &setup, catalog, &[]).unwrap();
     let offsets = [0, 1 << 30, 1 << 40, (32 << 40) + 4096, (64 << 40) - 4096];
     for offset in offsets {
-        harness.write(offset, &Model::stamped(offset, 4096, 5)).unwrap();
+        harness
+            .write(offset, &Model::stamped(offset, 4096, 5))
+            .unwrap();
     }
     let catalog = harness.close().unwrap();
     let listed = rig.list();
@@ -297,7 +330,10 @@ fn a_full_file_system_fails_writes_and_heals_when_space_returns() {
         .arg(&mount)
         .status()
         .unwrap();
-    assert!(mounted.success(), "this test mounts a small tmpfs and needs to be root");
+    assert!(
+        mounted.success(),
+        "this test mounts a small tmpfs and needs to be root"
+    );
     let result = std::panic::catch_unwind(|| {
         let device = mount.join("device");
         std::fs::create_dir(&device).unwrap();
@@ -321,19 +357,26 @@ fn a_full_file_system_fails_writes_and_heals_when_space_returns() {
         }
         assert!(refused > 0, "the file system was not filled");
         assert!(harness.events.contains(&VolumeEvent::DeviceFull));
-        harness.flush().expect("what was acknowledged has its space");
+        harness
+            .flush()
+            .expect("what was acknowledged has its space");
         for &(offset, stamp) in &written {
             let wanted = Model::stamped(offset, (MIB / 2) as usize, stamp);
             assert!(harness.read(offset, (MIB / 2) as usize).unwrap() == wanted);
         }
         std::fs::remove_file(&ballast).unwrap();
         harness.clock_ns += 1_000_000_000;
-        harness.write(60 * MIB, &vec![3; MIB as usize]).expect("space is back");
+        harness
+            .write(60 * MIB, &vec![3; MIB as usize])
+            .expect("space is back");
         harness.flush().unwrap();
         assert!(harness.events.contains(&VolumeEvent::SpaceBack));
         harness.settle();
     });
-    let _ = std::process::Command::new("umount").arg("-l").arg(&mount).status();
+    let _ = std::process::Command::new("umount")
+        .arg("-l")
+        .arg(&mount)
+        .status();
     if let Err(panic) = result {
         std::panic::resume_unwind(panic);
     }

@@ -67,6 +67,17 @@ pub struct RecoveredSegment {
     pub removed: bool,
 }
 
+impl RecoveredSegment {
+    const fn gone(number: SegmentNumber) -> Self {
+        Self {
+            number,
+            used_blocks: 0,
+            sealed: false,
+            removed: true,
+        }
+    }
+}
+
 /// What recovery found.
 #[derive(Clone, Debug, Default)]
 pub struct Recovery {
@@ -134,8 +145,17 @@ pub fn recover(
     drain_staging(io, input, &mut recovery)?;
     let mut beyond_end = Vec::new();
     for &number in &input.segments {
-        let found = read_segment(io, input, number, recovery.end, &mut recovery.warnings)?;
-        let Some(contents) = found else { continue };
+        let found = read_segment(io, input, number, recovery.end, &mut recovery.warnings);
+        let contents = match found {
+            Ok(Some(contents)) => contents,
+            Ok(None) => continue,
+            // An earlier recovery removed it, and died before a checkpoint told the catalog.
+            Err(RecoveryError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                recovery.segments.push(RecoveredSegment::gone(number));
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         if !contents.sealed {
             recovery.scanned += 1;
         }
@@ -276,6 +296,7 @@ fn read_segment(
     warnings: &mut Vec<String>,
 ) -> Result<Option<Contents>, RecoveryError> {
     let config = input.config;
+    let mut promised = None;
     let (trailer_block, got) = io
         .read(
             number,
@@ -297,7 +318,8 @@ fn read_segment(
                     incomplete: false,
                 }));
             }
-            Err(error) => warnings.push(format!("segment {number}: {error}; reading its records")),
+            // Torn by a crash, perhaps: its records will tell.
+            Err(_) => promised = Some(trailer.last_sequence),
         }
     }
     let (block, got) = io
@@ -349,6 +371,14 @@ fn read_segment(
         scan.offset_blocks = checkpoint.end_blocks;
         scan.chain = Some((checkpoint.sequence, checkpoint.record_checksum));
         scan.run(io, &mut window)?;
+    }
+    let last = scan.chain.map(|(sequence, _)| sequence);
+    if let Some(promised) = promised.filter(|promised| last.is_none_or(|last| last < *promised)) {
+        warnings.push(format!(
+            "segment {number} is damaged: its records up to number {promised} were durable, and those \
+             from block {} on cannot be read",
+            scan.offset_blocks
+        ));
     }
     Ok(Some(scan.contents))
 }

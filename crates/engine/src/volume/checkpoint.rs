@@ -221,7 +221,8 @@ impl Volume {
                     .log
                     .as_ref()
                     .is_none_or(|log| log.durable() >= run.flush_to);
-                if matches!(run.stage, Stage::WaitLog) && run.failed.is_none() && durable {
+                let synced = matches!(run.stage, Stage::WaitLog) && run.in_flight == 0;
+                if synced && durable && run.failed.is_none() {
                     self.checkpoint_ready(run);
                 } else {
                     self.checkpoints.run = Some(run);
@@ -245,7 +246,8 @@ impl Volume {
                 }
             }
         }
-        if matches!(run.stage, Stage::Sync) {
+        // A sync covers only writes that had completed before it was submitted.
+        if matches!(run.stage, Stage::Sync) && run.in_flight == 0 {
             let touched: Vec<_> = run.touched.iter().copied().collect();
             run.stage = Stage::WaitLog;
             for segment in touched {

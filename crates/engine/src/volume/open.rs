@@ -81,7 +81,7 @@ pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), Vol
             .map_err(|error| error.to_string())
     })?;
     recovery.warnings.append(&mut warnings);
-    replay.note_segments(&recovery);
+    replay.note_segments(&mut recovery);
     let log = if spec.read_only {
         None
     } else {
@@ -170,9 +170,19 @@ fn log_segments(
             segment: number,
             error,
         };
-        let (block, got) = io.read(number, 0, BLOCK_BYTES).map_err(failed)?;
-        let header = match SegmentHeader::parse(&block[..got]) {
+        let (start, got) = io.read(number, 0, 2 * BLOCK_BYTES).map_err(failed)?;
+        let header = match SegmentHeader::parse(&start[..got.min(BLOCK_BYTES)]) {
             Ok(header) if header.volume == spec.volume && header.pool == spec.pool => header,
+            // A crash came while it was made; nothing is written to a segment before that is done.
+            Err(_) if got <= BLOCK_BYTES && !spec.read_only => {
+                io.run(number, Op::Remove)
+                    .map_err(|error| VolumeError::Io {
+                        what: "removing",
+                        segment: number,
+                        error,
+                    })?;
+                continue;
+            }
             Ok(_) => {
                 warnings.push(format!(
                     "segment {number} belongs to another volume; left alone"
@@ -274,9 +284,15 @@ impl Replay {
         }
     }
 
-    fn note_segments(&mut self, recovery: &Recovery) {
+    fn note_segments(&mut self, recovery: &mut Recovery) {
         for segment in &recovery.segments {
             self.space.update(segment.number, |row| {
+                if segment.removed && row.live > 0 {
+                    recovery.warnings.push(format!(
+                        "segment {} is missing; {} blocks in it cannot be read",
+                        segment.number, row.live
+                    ));
+                }
                 row.sealed = segment.sealed || segment.removed;
                 row.used_blocks = segment.used_blocks;
             });

@@ -176,14 +176,25 @@ impl<'a> Harness<'a> {
     }
 
     pub fn now(&self) -> Now {
-        Now { monotonic_ns: self.clock_ns, realtime_ns: 1_700_000_000_000_000_000 + self.clock_ns }
+        Now {
+            monotonic_ns: self.clock_ns,
+            realtime_ns: 1_700_000_000_000_000_000 + self.clock_ns,
+        }
     }
 
     pub fn submit(&mut self, kind: RequestKind, write_through: bool) -> RequestId {
         self.next_id += 1;
         let id = RequestId(self.next_id);
         let now = self.now();
-        self.volume.submit(self.io, Request { id, kind, write_through }, now);
+        self.volume.submit(
+            self.io,
+            Request {
+                id,
+                kind,
+                write_through,
+            },
+            now,
+        );
         id
     }
 
@@ -193,7 +204,8 @@ impl<'a> Harness<'a> {
         let now = self.now();
         self.volume.advance(self.io, now);
         if block && self.io.in_flight() > 0 {
-            self.io.wait(Some(Duration::from_millis(100)), &mut completions);
+            self.io
+                .wait(Some(Duration::from_millis(100)), &mut completions);
         } else {
             self.io.poll(&mut completions);
         }
@@ -223,12 +235,24 @@ impl<'a> Harness<'a> {
 
     pub fn write(&mut self, offset_bytes: u64, data: &[u8]) -> Result<(), RequestFailed> {
         let buffer = Memory::new(data);
-        self.run(RequestKind::Write { offset_bytes, from: buffer.bufs() }, false)
+        self.run(
+            RequestKind::Write {
+                offset_bytes,
+                from: buffer.bufs(),
+            },
+            false,
+        )
     }
 
     pub fn read(&mut self, offset_bytes: u64, len: usize) -> Result<Vec<u8>, RequestFailed> {
         let buffer = Memory::new(&vec![0xee; len]);
-        self.run(RequestKind::Read { offset_bytes, into: buffer.bufs() }, false)?;
+        self.run(
+            RequestKind::Read {
+                offset_bytes,
+                into: buffer.bufs(),
+            },
+            false,
+        )?;
         Ok(buffer.bytes())
     }
 
@@ -237,7 +261,14 @@ impl<'a> Harness<'a> {
     }
 
     pub fn unmap(&mut self, offset_bytes: u64, len: u64, exact: bool) -> Result<(), RequestFailed> {
-        self.run(RequestKind::Unmap { offset_bytes, len_bytes: len, exact }, false)
+        self.run(
+            RequestKind::Unmap {
+                offset_bytes,
+                len_bytes: len,
+                exact,
+            },
+            false,
+        )
     }
 
     pub fn checkpoint(&mut self) -> Result<CheckpointResult, VolumeError> {
@@ -292,13 +323,18 @@ impl Memory {
     pub fn new(data: &[u8]) -> Self {
         let mut buffer = AlignedBuf::new(data.len().max(1));
         buffer[..data.len()].copy_from_slice(data);
-        Self { buffer, len: data.len() }
+        Self {
+            buffer,
+            len: data.len(),
+        }
     }
 
     pub fn bufs(&self) -> Vec<IoBuf> {
         // SAFETY: the tests keep the memory until the request has finished.
         let whole = unsafe { self.buffer.io_buf() };
-        let first = (self.len / 3).next_multiple_of(SECTOR as usize).min(self.len);
+        let first = (self.len / 3)
+            .next_multiple_of(SECTOR as usize)
+            .min(self.len);
         [whole.slice(0, first), whole.slice(first, self.len - first)]
             .into_iter()
             .filter(|buf| !buf.is_empty())
@@ -323,7 +359,9 @@ impl Model {
             return vec![0; SECTOR as usize];
         }
         let mut rng = Rng::new(stamp ^ sector.rotate_left(32));
-        (0..SECTOR / 8).flat_map(|_| rng.next().to_le_bytes()).collect()
+        (0..SECTOR / 8)
+            .flat_map(|_| rng.next().to_le_bytes())
+            .collect()
     }
 
     pub fn bytes(&self, offset_bytes: u64, len: usize) -> Vec<u8> {
@@ -345,7 +383,9 @@ impl Model {
 
     pub fn stamped(offset_bytes: u64, len: usize, stamp: u64) -> Vec<u8> {
         let first = offset_bytes / SECTOR;
-        (first..first + len as u64 / SECTOR).flat_map(|s| Self::sector_bytes(s, stamp)).collect()
+        (first..first + len as u64 / SECTOR)
+            .flat_map(|s| Self::sector_bytes(s, stamp))
+            .collect()
     }
 
     /// Sectors that are not zero.
