@@ -94,11 +94,13 @@ class Engine:
     def take_events(self) -> list[dict[str, Any]]:
         """Clears the eventfd and returns what happened since the last call, oldest first.
 
-        Each has `kind` and:
+        Events of a volume name it (`volume`) and its `device`; of a volume that has been closed
+        since there are none. Each has `kind` and:
         - `checkpoint-wanted`: `volume` (uuid bytes). Enough log was written since the last one.
         - `segment-numbers-wanted`: `device` (index). Fewer than half of the granted numbers are left.
         - `ring-broken`: `export` (id), `queue`, `reason`. The guest broke its ring; it is stopped.
         - `memory-lost`: `export` (id), `reason`. The front-end truncated shared memory.
+        - `staging-full`: `volume`, `device`, `reason`. The staging memory is full; writes are refused.
         - `device-failed`: `device`, `reason`. A write or sync failed; its volumes refuse writes.
         - `device-full` / `device-space-back`: `device`.
         - `corruption`: `volume`, `offset_bytes`, `len_bytes`, `segment`, `reason`.
@@ -130,7 +132,10 @@ class Engine:
         `uncatalogued`: segments of this volume found on the device that no row names.
         """
 
-    def stats(self) -> dict[str, Any]: ...
+    def stats(self) -> dict[str, Any]:
+        """`workers`: a dict of counters each (`requests`, `refused`, `failed`, `notifications`,
+        `kicks`, `sleeps`, `rings_broken`); `volumes`: open ones; `events_dropped`."""
+
     def shutdown(self) -> None:
         """Stops the workers. Volumes that are open stay as after a crash; close them first."""
 
@@ -158,9 +163,12 @@ class Volume:
     """A volume that is open on a worker."""
 
     recovered: dict[str, Any]
-    """What recovery did: `clean` (bool), `records`, `staged_bytes`, `segments_scanned`, `seconds`."""
+    """What recovery did: `clean` (bool), `records`, `staged_bytes`, `segments_scanned`, `seconds`,
+    `warnings` (list of str: what is lost or odd)."""
 
-    def read(self, offset: int, length: int) -> bytes: ...
+    def read(self, offset: int, length: int) -> bytes:
+        """Offset and length of direct access are multiples of 512 inside the volume."""
+
     def write(self, offset: int, data: bytes) -> None: ...
     def discard(self, offset: int, length: int) -> None: ...
     def write_zeroes(self, offset: int, length: int) -> None: ...
@@ -176,8 +184,10 @@ class Volume:
         """The catalog refused it: the next one starts from the state before."""
 
     def stats(self) -> dict[str, Any]:
-        """Counters: reads, writes, flushes, discards, bytes of each, errors, checksum_errors,
-        mapped_blocks, map_memory_bytes, log_bytes_since_checkpoint, staged_bytes, segments."""
+        """Counters: `reads`, `read_bytes`, `writes`, `written_bytes`, `flushes`, `discards`,
+        `discarded_bytes`, `errors`, `checksum_errors`, `map_node_reads`. Levels: `mapped_blocks`,
+        `map_memory_bytes`, `log_bytes_since_checkpoint`, `staged_bytes`, `segments`,
+        `live_blocks`, `log_blocks`, `live_node_bytes`, `map_blocks`."""
 
     def close(self) -> CheckpointResult | None:
         """Finishes requests, flushes, seals, checkpoints; exports must be closed first.
