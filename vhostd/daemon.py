@@ -1,0 +1,494 @@
+"""The daemon: pools, attachments and the engine's events under one roof.
+
+    starting ──▶ running ──SIGTERM, SIGINT or `shutdown`──▶ stopping ──▶ ended
+
+Start: lock the state directory, read the registry, open the pools, listen for front-ends, listen
+for people. A pool or attachment that fails is reported and kept with its error; the others run.
+Stop: no more requests of people, sessions end, volumes are checkpointed and closed, devices
+unlocked.
+
+All methods run on the event loop's thread; what blocks goes to helper threads. Changes to what
+exists (pools, volumes, attachments) are one at a time. A guest's I/O never waits for any of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import structlog
+
+from vhostd.attachments import Attachment, Attachments
+from vhostd.config import Config
+from vhostd.errors import BusyError, ExistsError, NotFoundError, UnavailableError, VhostdError
+from vhostd.lockfile import LockFile
+from vhostd.protocol.session import EndKind
+from vhostd.registry import PoolRecord, Registry
+from vhostd.storage.engine import Engine, FormatDevice
+from vhostd.storage.names import VolumeName
+from vhostd.storage.pool import Pool, create_pool
+from vhostd.storage.volume import OpenVolume
+
+__all__ = ["Daemon"]
+
+T = TypeVar("T")
+
+
+class Daemon:
+    """One daemon.
+
+    Args:
+        engine: started; the daemon shuts it down in `stop`.
+        format_device: `vhostd._native.format_device`.
+        keep: whether pools and attachments outlive the process (`vhostd serve`), or not
+            (`vhostd disk`).
+    """
+
+    def __init__(
+        self, config: Config, *, engine: Engine, format_device: FormatDevice, keep: bool = True
+    ) -> None:
+        self.config = config
+        self.stopping = asyncio.Event()
+        self._engine = engine
+        self._format_device = format_device
+        self._state_dir = Path(config.state_dir) if keep else None
+        self._registry = Registry(None)
+        self._lock_file: LockFile | None = None
+        self._pools: dict[str, Pool] = {}
+        self._failed_pools: dict[str, str] = {}
+        self._change = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._checkpointing: set[UUID] = set()
+        self._log = structlog.get_logger()
+        self.attachments = self._make_attachments()
+
+    def _make_attachments(self) -> Attachments:
+        return Attachments(
+            registry=self._registry,
+            runtime_dir=Path(self.config.runtime_dir),
+            config=self.config.exports,
+            find_pool=self.pool,
+        )
+
+    # Life
+
+    async def start(self) -> None:
+        """Opens what the registry names, and begins to serve it.
+
+        Raises:
+            BusyError: another daemon has the state directory.
+            DamagedError, DeviceError, UnsupportedError: the registry cannot be read.
+        """
+        if self._state_dir is not None:
+            await asyncio.to_thread(self._open_state, self._state_dir)
+            self.attachments = self._make_attachments()
+        asyncio.get_running_loop().add_reader(self._engine.event_fd(), self._engine_events)
+        for record in list(self._registry.pools.values()):
+            try:
+                await self._open_pool(Path(record.device), record.name)
+            except VhostdError as error:
+                self._failed_pools[record.name] = str(error)
+                self._log.error("pool could not be opened", pool=record.name, error=str(error))
+        await self.attachments.restore()
+        self._spawn(self._checkpoint_forever())
+
+    def _open_state(self, state_dir: Path) -> None:
+        try:
+            state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise UnavailableError(
+                f"state directory {state_dir} cannot be made: {error.strerror}; make it, or set "
+                "state_dir in the configuration"
+            ) from error
+        self._lock_file = LockFile(state_dir / "lock", f"state directory {state_dir}")
+        self._registry = Registry.load(state_dir)
+
+    async def stop(self) -> bool:
+        """Ends everything in order; False if a volume could not be closed cleanly."""
+        self.stopping.set()
+        async with self._change:
+            for task in list(self._tasks):
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+            await self.attachments.stop()
+            errors = []
+            for pool in self._pools.values():
+                errors += await asyncio.to_thread(pool.close)
+            self._pools.clear()
+            asyncio.get_running_loop().remove_reader(self._engine.event_fd())
+            await asyncio.to_thread(self._engine.shutdown)
+            if self._lock_file is not None:
+                self._lock_file.release()
+        self._log.info("stopped", clean=not errors)
+        return not errors
+
+    # Pools
+
+    def pool(self, name: str) -> Pool:
+        """The open pool of that name.
+
+        Raises:
+            NotFoundError: there is none.
+            UnavailableError: it could not be opened when the daemon started, and why.
+        """
+        if (pool := self._pools.get(name)) is not None:
+            return pool
+        if (reason := self._failed_pools.get(name)) is not None:
+            raise UnavailableError(f"pool {name} is not open: {reason}")
+        raise NotFoundError(f"pool {name} does not exist; `vhostctl pool list` shows those that do")
+
+    async def create_pool(self, name: str, device: Path, segment_bytes: int) -> dict[str, Any]:
+        """Makes a pool, opens it, and keeps it in the registry."""
+        async with self._change:
+            self._refuse_taken(name)
+            await asyncio.to_thread(
+                create_pool,
+                device,
+                name,
+                format_device=self._format_device,
+                segment_bytes=segment_bytes,
+            )
+            return await self._adopt(device)
+
+    async def open_pool(self, device: Path) -> dict[str, Any]:
+        """Takes over a pool that exists, and keeps it in the registry."""
+        async with self._change:
+            return await self._adopt(device)
+
+    async def _adopt(self, device: Path) -> dict[str, Any]:
+        pool = await self._open_pool(device)
+        self._registry.pools[pool.name] = PoolRecord(pool.name, str(device))
+        await asyncio.to_thread(self._registry.save)
+        self._log.info("pool opened", pool=pool.name, device=str(device))
+        return await asyncio.to_thread(pool.info)
+
+    async def _open_pool(self, device: Path, name: str | None = None) -> Pool:
+        pool = await asyncio.to_thread(
+            Pool.open,
+            device,
+            self._engine,
+            staging_dir=Path(self.config.engine.staging_dir),
+            direct=self.config.engine.direct,
+            checkpoint_log_bytes=self.config.engine.checkpoint_log_bytes,
+        )
+        try:
+            if name is not None and pool.name != name:
+                raise NotFoundError(
+                    f"{device} holds pool {pool.name}, not {name}; put the right device there, or "
+                    f"`vhostctl pool close {name}`"
+                )
+            if pool.name in self._pools:
+                self._refuse_taken(pool.name)
+        except VhostdError:
+            await asyncio.to_thread(pool.close)
+            raise
+        self._failed_pools.pop(pool.name, None)
+        self._pools[pool.name] = pool
+        return pool
+
+    async def close_pool(self, name: str) -> None:
+        """Closes a pool and forgets where it is; its data stays."""
+        async with self._change:
+            if self._failed_pools.pop(name, None) is None:
+                pool = self.pool(name)
+                self._refuse_attached(name)
+                del self._pools[name]
+                await asyncio.to_thread(pool.close)
+            await self._forget_pool(name)
+
+    async def destroy_pool(self, name: str, *, force: bool) -> None:
+        """Removes a pool and all its data."""
+        async with self._change:
+            pool = self.pool(name)
+            self._refuse_attached(name)
+            forgotten = False
+
+            def forget() -> None:
+                nonlocal forgotten
+                forgotten = True
+
+            try:
+                await asyncio.to_thread(pool.destroy, force=force, before=forget)
+            finally:
+                if forgotten:
+                    del self._pools[name]
+                    await self._forget_pool(name)
+            self._log.info("pool destroyed", pool=name)
+
+    async def _forget_pool(self, name: str) -> None:
+        for attachment in self.attachments.of(name):
+            await self.attachments.detach(attachment)
+        self._registry.pools.pop(name, None)
+        await asyncio.to_thread(self._registry.save)
+
+    async def list_pools(self) -> list[dict[str, Any]]:
+        """All pools; those that could not be opened have `error`."""
+        rows = [
+            {"error": None, **await asyncio.to_thread(pool.info)} for pool in self._pools.values()
+        ]
+        rows += [
+            {"name": name, "device": self._registry.pools[name].device, "error": error}
+            for name, error in self._failed_pools.items()
+        ]
+        return sorted(rows, key=lambda row: str(row["name"]))
+
+    def _refuse_taken(self, name: str) -> None:
+        if name in self._pools or name in self._registry.pools:
+            raise ExistsError(f"pool {name} exists already; choose another name")
+
+    def _refuse_attached(self, name: str) -> None:
+        attached = self.attachments.of(name)
+        if attached:
+            raise BusyError(
+                f"pool {name} has attached volumes (one is {attached[0].name} on "
+                f"{attached[0].record.socket}); detach them first"
+            )
+
+    # Volumes
+
+    async def create_volume(self, name: VolumeName, **arguments: Any) -> dict[str, Any]:
+        """See `Pool.create_volume`."""
+        async with self._change:
+            pool = self.pool(name.pool)
+            row = await asyncio.to_thread(pool.create_volume, name.volume, **arguments)
+            self._log.info("volume created", volume=str(name), size_bytes=row.size_bytes)
+            return await self.volume_info(name)
+
+    async def volume_info(self, name: VolumeName) -> dict[str, Any]:
+        """One volume."""
+        pool = self.pool(name.pool)
+        row = await asyncio.to_thread(pool.catalog.volume, name.volume)
+        volumes = await self.list_volumes(name.pool)
+        return next(volume for volume in volumes if volume["uuid"] == str(row.uuid))
+
+    async def list_volumes(self, pool_name: str | None = None) -> list[dict[str, Any]]:
+        """The volumes of one pool, or of all."""
+        pools = [self.pool(pool_name)] if pool_name else list(self._pools.values())
+        rows = []
+        for pool in pools:
+            rows += await asyncio.to_thread(_describe_volumes, pool)
+        for row in rows:
+            attached = self.attachments.of(row["pool"], row["volume"])
+            row["attachments"] = [attachment.describe() for attachment in attached]
+        return sorted(rows, key=lambda row: str(row["name"]))
+
+    async def resize_volume(
+        self, name: VolumeName, size_bytes: int, *, allow_shrink: bool
+    ) -> dict[str, Any]:
+        """See `Pool.resize_volume`."""
+        async with self._change:
+            pool = self.pool(name.pool)
+            await asyncio.to_thread(
+                pool.resize_volume, name.volume, size_bytes, allow_shrink=allow_shrink
+            )
+            self._log.info("volume resized", volume=str(name), size_bytes=size_bytes)
+            return await self.volume_info(name)
+
+    async def rename_volume(self, name: VolumeName, new_name: str) -> dict[str, Any]:
+        """See `Pool.rename_volume`."""
+        async with self._change:
+            pool = self.pool(name.pool)
+            await asyncio.to_thread(pool.rename_volume, name.volume, new_name)
+            await self.attachments.renamed(name.pool, name.volume, new_name)
+            return await self.volume_info(VolumeName(name.pool, new_name))
+
+    async def remove_volume(self, name: VolumeName) -> None:
+        """See `Pool.remove_volume`."""
+        async with self._change:
+            pool = self.pool(name.pool)
+            await asyncio.to_thread(pool.catalog.volume, name.volume)
+            attached = self.attachments.of(name.pool, name.volume)
+            if attached:
+                raise BusyError(
+                    f"volume {name} is attached on {attached[0].record.socket}; detach it first"
+                )
+            await asyncio.to_thread(pool.remove_volume, name.volume)
+            self._log.info("volume removed", volume=str(name))
+
+    async def attach(self, name: VolumeName, **arguments: Any) -> dict[str, Any]:
+        """See `Attachments.attach`."""
+        async with self._change:
+            attachment = await self.attachments.attach(name.pool, name.volume, **arguments)
+            return attachment.describe()
+
+    async def detach(self, name: VolumeName, socket: str | None) -> list[dict[str, Any]]:
+        """Detaches a volume from one socket, or from all."""
+        async with self._change:
+            found = self.attachments.find(name.pool, name.volume, socket)
+            for attachment in found:
+                await self.attachments.detach(attachment)
+            return [attachment.describe() for attachment in found]
+
+    async def checkpoint(self, name: VolumeName | None) -> list[str]:
+        """Checkpoints one open volume, or all; the names of those that had something to write."""
+        volumes = self._open_volumes()
+        if name is not None:
+            volumes = [volume for volume in volumes if volume.name == str(name)]
+            if not volumes:
+                await asyncio.to_thread(self.pool(name.pool).catalog.volume, name.volume)
+        return [v.name for v in volumes if await asyncio.to_thread(v.checkpoint, if_needed=True)]
+
+    async def stats(self) -> dict[str, Any]:
+        """Counters of the engine and of the open volumes."""
+        volumes = {
+            volume.name: {
+                **await asyncio.to_thread(volume.stats),
+                "recovered": volume.recovered,
+                "epoch": volume.epoch,
+            }
+            for volume in self._open_volumes()
+        }
+        return {"engine": await asyncio.to_thread(self._engine.stats), "volumes": volumes}
+
+    def _open_volumes(self) -> list[OpenVolume]:
+        return [volume for pool in self._pools.values() for volume in pool.open_volumes()]
+
+    # Events and checkpoints
+
+    def _engine_events(self) -> None:
+        for event in self._engine.take_events():
+            try:
+                self._engine_event(event)
+            except Exception:
+                self._log.exception(
+                    "an event of the engine could not be handled", engine_event=event
+                )
+
+    def _engine_event(self, event: dict[str, Any]) -> None:
+        kind = event["kind"]
+        if kind == "checkpoint-wanted":
+            volume = self._find_open(UUID(bytes=event["volume"]))
+            if volume is not None:
+                self._spawn(self._checkpoint(volume))
+        elif kind == "segment-numbers-wanted":
+            for pool in self._on_device(event["device"]):
+                self._spawn(self._report(asyncio.to_thread(pool.grant_segments), pool.name))
+        elif kind in ("ring-broken", "memory-lost"):
+            self._export_event(event)
+        elif kind == "corruption":
+            volume = self._find_open(UUID(bytes=event["volume"]))
+            details = {k: v for k, v in event.items() if k not in ("kind", "volume")}
+            self._log.error(
+                "data does not match its checksum; the guest got an I/O error. Run `vhostctl "
+                "check`, and restore what it names",
+                volume=volume.name if volume else UUID(bytes=event["volume"]).hex,
+                **details,
+            )
+        elif kind in ("device-failed", "device-full", "device-space-back"):
+            self._device_event(kind, event)
+        else:
+            self._log.warning("the engine told something unknown", engine_event=event)
+
+    def _export_event(self, event: dict[str, Any]) -> None:
+        attachment = self.attachments.by_export(event["export"])
+        if attachment is None:
+            return
+        self._log.warning(
+            "the guest broke its ring"
+            if event["kind"] == "ring-broken"
+            else "guest memory is gone",
+            volume=attachment.name,
+            queue=event.get("queue"),
+            reason=event["reason"],
+        )
+        if event["kind"] == "memory-lost" and attachment.server is not None:
+            self._spawn(attachment.server.end_session(event["reason"], EndKind.VIOLATION))
+
+    def _device_event(self, kind: str, event: dict[str, Any]) -> None:
+        for pool in self._on_device(event["device"]):
+            if kind == "device-failed":
+                self._log.error(
+                    "the device failed; its volumes refuse writes until they are attached again",
+                    pool=pool.name,
+                    device=str(pool.path),
+                    reason=event["reason"],
+                )
+            elif kind == "device-full":
+                self._log.error(
+                    "the device is full; writes to new space fail until there is room",
+                    pool=pool.name,
+                    device=str(pool.path),
+                )
+            else:
+                self._log.info("the device has space again", pool=pool.name)
+
+    def _find_open(self, uuid: UUID) -> OpenVolume | None:
+        found = (pool.find_open(uuid) for pool in self._pools.values())
+        return next((volume for volume in found if volume is not None), None)
+
+    def _on_device(self, index: int) -> list[Pool]:
+        return [pool for pool in self._pools.values() if pool.device.index == index]
+
+    async def _checkpoint(self, volume: OpenVolume) -> None:
+        if volume.uuid in self._checkpointing:
+            return
+        self._checkpointing.add(volume.uuid)
+        try:
+            await self._report(asyncio.to_thread(volume.checkpoint), volume.name)
+        finally:
+            self._checkpointing.discard(volume.uuid)
+
+    async def _checkpoint_forever(self) -> None:
+        while True:
+            await asyncio.sleep(self.config.checkpoint_interval_s)
+            for volume in self._open_volumes():
+                work = asyncio.to_thread(volume.checkpoint, if_needed=True)
+                await self._report(work, volume.name)
+
+    async def _report(self, work: Awaitable[T], name: str) -> T | None:
+        """What nobody waits for must not fail unseen."""
+        try:
+            return await work
+        except VhostdError as error:
+            self._log.error("background work failed", object=name, error=str(error))
+        except Exception:
+            self._log.exception("background work failed", object=name)
+        return None
+
+    def _spawn(self, work: Awaitable[Any]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def sessions(self) -> list[tuple[Attachment, Any]]:
+        """Attachments with an active session, and the session."""
+        active = []
+        for attachment in self.attachments.all():
+            session = attachment.server.session() if attachment.server is not None else None
+            if session is not None:
+                active.append((attachment, session))
+        return active
+
+
+def _describe_volumes(pool: Pool) -> list[dict[str, Any]]:
+    usage = pool.catalog.usage()
+    rows = []
+    for row in pool.catalog.volumes():
+        if row.state != "present":
+            continue
+        used_blocks, mapped_blocks = usage.get(row.uuid, (0, 0))
+        volume = pool.find_open(row.uuid)
+        if volume is not None:
+            with contextlib.suppress(VhostdError):
+                mapped_blocks = volume.stats().get("mapped_blocks", mapped_blocks)
+        rows.append(
+            {
+                "name": f"{pool.name}/{row.name}",
+                "pool": pool.name,
+                "volume": row.name,
+                "uuid": str(row.uuid),
+                "size_bytes": row.size_bytes,
+                "logical_block_bytes": row.logical_block_bytes,
+                "serial": row.serial,
+                "created_ns": row.created_ns,
+                "epoch": row.epoch,
+                "open": volume is not None,
+                "mapped_bytes": mapped_blocks * 4096,
+                "used_bytes": used_blocks * 4096,
+            }
+        )
+    return rows
