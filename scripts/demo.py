@@ -114,7 +114,7 @@ def tell(backend: Backend, vm: Vm) -> None:
     elif isinstance(backend, VhostdBackend):
         serve = [vhostd_program(), "disk", backend.store, "--socket", backend.socket_path]
         print(f"\nTo go on by hand, serve the disk again:\n\n    {words(serve)}")
-    print("\nThen boot a guest from it (Ctrl-A X ends QEMU; -accel kvm where the machine has KVM):\n")
+    print("\nThen boot a guest from it (Ctrl-A X ends QEMU; -accel kvm where there is KVM):\n")
     print("    " + " \\\n      ".join(vm.by_hand()))
     print(f"\nNext: README.md. To remove all of this: rm -r {backend.socket_path.parent}")
 

@@ -53,23 +53,22 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
     return done.stdout
 
 
-def depends(package: str) -> list[str]:
-    """Names a package depends on (of alternatives, the first)."""
+def depends(packages: Iterable[str]) -> list[str]:
+    """Names that any of the packages depends on (of alternatives, the first)."""
     names = []
     alternative = False
-    for line in run("apt-cache", "depends", "--important", package).splitlines():
+    for line in run("apt-cache", "depends", "--important", *packages).splitlines():
         text = line.strip()
-        is_alternative = text.startswith("|")
         kind, _, name = text.lstrip("|").partition(": ")
         if kind in ("Depends", "PreDepends") and not alternative and not name.startswith("<"):
             names.append(name.removesuffix(":any"))
-        alternative = is_alternative
+        alternative = text.startswith("|")
     return names
 
 
 def kernel_package() -> str:
     """The package that holds the kernel `linux-image-cloud-amd64` stands for today."""
-    for name in depends("linux-image-cloud-amd64"):
+    for name in depends(["linux-image-cloud-amd64"]):
         if name.startswith("linux-image-"):
             return name
     raise BuildError("apt knows no linux-image-cloud-amd64: run 'apt-get update', on Debian amd64")
@@ -78,12 +77,11 @@ def kernel_package() -> str:
 def library_packages(roots: Iterable[str]) -> list[str]:
     """The packages named and every library package they need, directly or not."""
     found: list[str] = []
-    waiting = list(roots)
-    while waiting:
-        package = waiting.pop(0)
-        if package not in found:
-            found.append(package)
-            waiting += [name for name in depends(package) if name.startswith("lib")]
+    level = list(roots)
+    while level:
+        found += level
+        wanted = {name for name in depends(level) if name.startswith("lib")}
+        level = sorted(wanted - set(found))
     return found
 
 
@@ -91,7 +89,15 @@ def download(packages: Iterable[str], directory: Path) -> list[Path]:
     """Downloads packages as apt would install them; returns the files."""
     directory.mkdir(parents=True, exist_ok=True)
     # As root, apt wants to download as its own user, who may not write here.
-    run("apt-get", "-o", "APT::Sandbox::User=root", "download", *packages, cwd=directory)
+    command = ["apt-get", "-o", "APT::Sandbox::User=root", "download", *packages]
+    try:
+        run(*command, cwd=directory)
+    except BuildError:
+        # Lists of an earlier day name packages that mirrors no longer have.
+        if os.geteuid() != 0:
+            raise
+        run("apt-get", "-o", "Acquire::Retries=3", "update")
+        run(*command, cwd=directory)
     return sorted(directory.glob("*.deb"))
 
 
