@@ -49,7 +49,10 @@ impl Map {
     /// If one is running.
     pub fn begin_checkpoint(&mut self) {
         assert!(self.checkpoint.is_none(), "one checkpoint at a time");
-        self.generation = self.generation.checked_add(1).expect("checkpoints fit 32 bits");
+        self.generation = self
+            .generation
+            .checked_add(1)
+            .expect("checkpoints fit 32 bits");
         self.checkpoint = Some(Checkpoint {
             root: self.head,
             started: false,
@@ -77,7 +80,7 @@ impl Map {
         space_bytes: u32,
         buffer: &mut Vec<u8>,
     ) -> CheckpointProgress {
-        assert!(offset_bytes % 8 == 0, "nodes are aligned to 8 bytes");
+        assert!(offset_bytes.is_multiple_of(8), "nodes are aligned to 8 bytes");
         let mut checkpoint = self.checkpoint.take().expect("a checkpoint is running");
         let start = buffer.len();
         if !checkpoint.started {
@@ -130,7 +133,9 @@ impl Map {
     fn next_dirty_child(&self, frame: &mut Frame) -> Option<Frame> {
         let inner = self.slab.inner(frame.index);
         while let Some(slot) = inner.slots().get(frame.place) {
-            let child = inner.next_child(frame.child).expect("as many bits as slots");
+            let child = inner
+                .next_child(frame.child)
+                .expect("as many bits as slots");
             frame.child = child;
             if slot.location().is_none() {
                 let first = frame.first_block + child as u64 * span_blocks(frame.level - 1);
@@ -165,6 +170,7 @@ impl Map {
             }
         };
         if self.slab.entry(index).superseded {
+            checkpoint.dead_written.push(location);
             self.slab.remove(index);
             return;
         }
@@ -212,7 +218,9 @@ impl Map {
         if slot.location().is_some() {
             return;
         }
-        let Some(index) = self.slab.resolve(slot.handle) else { return };
+        let Some(index) = self.slab.resolve(slot.handle) else {
+            return;
+        };
         if !self.slab.entry(index).superseded {
             return;
         }
@@ -227,7 +235,9 @@ impl Map {
     /// Makes the nodes below a slot of the head dirty again that this generation's checkpoint
     /// wrote, and returns the slot as it is to be.
     fn unwrite(&mut self, mut slot: Slot) -> Slot {
-        let Some(index) = self.slab.resolve(slot.handle) else { return slot };
+        let Some(index) = self.slab.resolve(slot.handle) else {
+            return slot;
+        };
         let (state, stamp) = (self.slab.entry(index).state, self.slab.entry(index).stamp);
         let written = state == State::Written && stamp == self.generation;
         if written {
@@ -249,6 +259,12 @@ impl Map {
 
 impl Frame {
     const fn new(index: u32, level: u8, first_block: u64) -> Self {
-        Self { index, level, first_block, child: 0, place: 0 }
+        Self {
+            index,
+            level,
+            first_block,
+            child: 0,
+            place: 0,
+        }
     }
 }

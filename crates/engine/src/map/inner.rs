@@ -27,7 +27,14 @@ impl Slot {
     pub const ABSENT: Self = Self::in_memory(Handle::NONE);
 
     pub const fn in_memory(handle: Handle) -> Self {
-        Self { segment_low: 0, segment_high: 0, offset_bytes: 0, len_bytes: 0, checksum: 0, handle }
+        Self {
+            segment_low: 0,
+            segment_high: 0,
+            offset_bytes: 0,
+            len_bytes: 0,
+            checksum: 0,
+            handle,
+        }
     }
 
     pub fn on_disk(location: NodeLocation) -> Self {
@@ -73,7 +80,10 @@ pub(super) struct Inner {
 impl Inner {
     /// A node with these children; as many slots as bits.
     pub fn from_parts(bitmap: [u64; FAN_OUT / 64], slots: Vec<Slot>) -> Self {
-        debug_assert_eq!(bitmap.iter().map(|word| word.count_ones()).sum::<u32>() as usize, slots.len());
+        debug_assert_eq!(
+            bitmap.iter().map(|word| word.count_ones()).sum::<u32>() as usize,
+            slots.len()
+        );
         Self { bitmap, slots }
     }
 
@@ -97,7 +107,10 @@ impl Inner {
     #[inline]
     fn rank(&self, child: usize) -> usize {
         let (word, bit) = (child / 64, child % 64);
-        let before: u32 = self.bitmap[..word].iter().map(|word| word.count_ones()).sum();
+        let before: u32 = self.bitmap[..word]
+            .iter()
+            .map(|word| word.count_ones())
+            .sum();
         (before + (self.bitmap[word] & ((1 << bit) - 1)).count_ones()) as usize
     }
 
@@ -130,7 +143,9 @@ impl Inner {
         }
         if self.slots.len() == self.slots.capacity() {
             // By an eighth, not by doubling: the slots of a sparse map are a good part of it.
-            let room = (self.slots.len() / 8).max(2).min(FAN_OUT - self.slots.len());
+            let room = (self.slots.len() / 8)
+                .max(2)
+                .min(FAN_OUT - self.slots.len());
             self.slots.reserve_exact(room);
         }
         self.slots.insert(rank, slot);

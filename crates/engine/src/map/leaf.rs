@@ -79,7 +79,11 @@ struct Splice {
 
 impl Splice {
     fn push(&mut self, start: u32, delta: u64, rank: usize) {
-        self.rows[self.row_count] = Row { start, delta, rank: rank as u32 };
+        self.rows[self.row_count] = Row {
+            start,
+            delta,
+            rank: rank as u32,
+        };
         self.row_count += 1;
     }
 }
@@ -101,7 +105,12 @@ fn layout(form: Form, width: usize, mapped: usize, rows: usize) -> Layout {
     let deltas = 4 * crcs;
     let starts = deltas + width * rows;
     let ranks = starts + starts_len;
-    Layout { deltas, starts, ranks, end: ranks + ranks_len }
+    Layout {
+        deltas,
+        starts,
+        ranks,
+        end: ranks + ranks_len,
+    }
 }
 
 /// Differences below this can be kept in `width` bytes; all ones means "not mapped".
@@ -110,7 +119,10 @@ const fn delta_limit(width: usize) -> u64 {
 }
 
 fn width_for(span: u64) -> usize {
-    [4, 6].into_iter().find(|&width| span < delta_limit(width)).unwrap_or(8)
+    [4, 6]
+        .into_iter()
+        .find(|&width| span < delta_limit(width))
+        .unwrap_or(8)
 }
 
 #[inline]
@@ -153,7 +165,11 @@ pub(super) const fn is_valid_extent(address: u64, len: u64) -> bool {
 /// Buffer size for a table of `need` bytes that is likely to grow.
 fn with_slack(need: usize, mapped: usize) -> usize {
     // A full leaf gets no more checksums, only more rows.
-    let slack = if mapped == LEAF_BLOCKS as usize { 64 } else { need / 8 };
+    let slack = if mapped == LEAF_BLOCKS as usize {
+        64
+    } else {
+        need / 8
+    };
     (need + slack).next_multiple_of(16)
 }
 
@@ -175,7 +191,9 @@ impl Tables<'_> {
 
     #[inline]
     fn rank(&self, row: usize) -> usize {
-        self.ranks.get(row).map_or(self.crcs.len(), |rank| usize::from(u16::from_le_bytes(*rank)))
+        self.ranks.get(row).map_or(self.crcs.len(), |rank| {
+            usize::from(u16::from_le_bytes(*rank))
+        })
     }
 
     /// The block after run `row`.
@@ -192,20 +210,32 @@ impl Tables<'_> {
     /// The first row that starts at `block` or later.
     #[inline]
     fn row_from(&self, block: u32) -> usize {
-        self.starts.partition_point(|start| u32::from(u16::from_le_bytes(*start)) < block)
+        self.starts
+            .partition_point(|start| u32::from(u16::from_le_bytes(*start)) < block)
     }
 
     /// The first run that ends after `block`.
     #[inline]
     fn run_over(&self, block: u32) -> usize {
         let next = self.row_from(block + 1);
-        if next > 0 && self.end(next - 1) > block { next - 1 } else { next }
+        if next > 0 && self.end(next - 1) > block {
+            next - 1
+        } else {
+            next
+        }
     }
 }
 
 impl Leaf {
     pub fn empty() -> Self {
-        Self { buf: Box::default(), base: 0, mapped: 0, rows: 0, form: Form::Runs, width: 4 }
+        Self {
+            buf: Box::default(),
+            base: 0,
+            mapped: 0,
+            rows: 0,
+            form: Form::Runs,
+            width: 4,
+        }
     }
 
     pub fn mapped(&self) -> u32 {
@@ -239,7 +269,12 @@ impl Leaf {
     }
 
     fn layout(&self) -> Layout {
-        layout(self.form, self.width(), usize::from(self.mapped), self.rows())
+        layout(
+            self.form,
+            self.width(),
+            usize::from(self.mapped),
+            self.rows(),
+        )
     }
 
     #[inline]
@@ -275,7 +310,11 @@ impl Leaf {
                         row += 1;
                     }
                     let crcs = &tables.crcs[first..row];
-                    f(Piece { start, address: tables.base + delta, crcs });
+                    f(Piece {
+                        start,
+                        address: tables.base + delta,
+                        crcs,
+                    });
                 }
             }
             Form::Runs => {
@@ -309,7 +348,11 @@ impl Leaf {
                         at += 1;
                     }
                     let crcs = &tables.crcs[first..at];
-                    f(Piece { start: first as u32, address: tables.base + delta, crcs });
+                    f(Piece {
+                        start: first as u32,
+                        address: tables.base + delta,
+                        crcs,
+                    });
                 }
             }
         }
@@ -453,10 +496,14 @@ impl Leaf {
 
         let tail = self.rows() - plan.row_to;
         let row_after = plan.row_from + plan.row_count;
-        let ranks_head = if self.form == Form::Runs { 2 * plan.row_from } else { 0 };
+        let ranks_head = if self.form == Form::Runs {
+            2 * plan.row_from
+        } else {
+            0
+        };
         let ranks_tail = if self.form == Form::Runs { 2 * tail } else { 0 };
         // (from, to, bytes), ascending in both.
-        let moves = [
+        let all = [
             (
                 4 * plan.crc_to,
                 4 * (plan.crc_from + crcs.len()),
@@ -469,10 +516,19 @@ impl Leaf {
                 width * tail,
             ),
             (old.starts, new_layout.starts, 2 * plan.row_from),
-            (old.starts + 2 * plan.row_to, new_layout.starts + 2 * row_after, 2 * tail),
+            (
+                old.starts + 2 * plan.row_to,
+                new_layout.starts + 2 * row_after,
+                2 * tail,
+            ),
             (old.ranks, new_layout.ranks, ranks_head),
-            (old.ranks + 2 * plan.row_to, new_layout.ranks + 2 * row_after, ranks_tail),
+            (
+                old.ranks + 2 * plan.row_to,
+                new_layout.ranks + 2 * row_after,
+                ranks_tail,
+            ),
         ];
+        let moves = all.iter().copied().filter(|&(_, _, len)| len > 0);
         if grows {
             let mut buf = vec![0; with_slack(new_layout.end, mapped)].into_boxed_slice();
             buf[..4 * plan.crc_from].copy_from_slice(&self.buf[..4 * plan.crc_from]);
@@ -480,12 +536,12 @@ impl Leaf {
                 buf[to..to + len].copy_from_slice(&self.buf[from..from + len]);
             }
             self.buf = buf;
-        } else if moves.iter().all(|&(from, to, len)| from <= to || len == 0) {
-            for (from, to, len) in moves.into_iter().rev().filter(|&(from, to, _)| from < to) {
+        } else if moves.clone().all(|(from, to, _)| from <= to) {
+            for (from, to, len) in moves.rev().filter(|&(from, to, _)| from < to) {
                 self.buf.copy_within(from..from + len, to);
             }
-        } else if moves.iter().all(|&(from, to, len)| from >= to || len == 0) {
-            for (from, to, len) in moves.into_iter().filter(|&(from, to, _)| from > to) {
+        } else if moves.clone().all(|(from, to, _)| from >= to) {
+            for (from, to, len) in moves.filter(|&(from, to, _)| from > to) {
                 self.buf.copy_within(from..from + len, to);
             }
         } else {
@@ -510,8 +566,15 @@ impl Leaf {
             }
         }
         if self.form == Form::Runs && rank_shift != 0 {
-            for rank in ranks[..2 * rows].as_chunks_mut::<2>().0.iter_mut().skip(row_after) {
-                *rank = u16::from_le_bytes(*rank).wrapping_add(rank_shift).to_le_bytes();
+            for rank in ranks[..2 * rows]
+                .as_chunks_mut::<2>()
+                .0
+                .iter_mut()
+                .skip(row_after)
+            {
+                *rank = u16::from_le_bytes(*rank)
+                    .wrapping_add(rank_shift)
+                    .to_le_bytes();
             }
         }
     }
@@ -552,8 +615,16 @@ impl Leaf {
         let crc_at = |row: usize, block: u32| -> usize {
             tables.rank(row) + (block - tables.start(row)) as usize
         };
-        let crc_from = if left { crc_at(row_from, start) } else { tables.rank(row_from) };
-        let crc_to = if right { crc_at(row_to - 1, end) } else { tables.rank(row_to) };
+        let crc_from = if left {
+            crc_at(row_from, start)
+        } else {
+            tables.rank(row_from)
+        };
+        let crc_to = if right {
+            crc_at(row_to - 1, end)
+        } else {
+            tables.rank(row_to)
+        };
         let mut plan = Splice {
             crc_from,
             crc_to,
@@ -563,10 +634,13 @@ impl Leaf {
             row_count: 0,
         };
         if left {
-            plan.push(tables.start(row_from), tables.delta(row_from), tables.rank(row_from));
+            plan.push(
+                tables.start(row_from),
+                tables.delta(row_from),
+                tables.rank(row_from),
+            );
         }
-        let right_delta =
-            || tables.delta(row_to - 1) + u64::from(end - tables.start(row_to - 1));
+        let right_delta = || tables.delta(row_to - 1) + u64::from(end - tables.start(row_to - 1));
         let Some((address, crcs)) = new else {
             if right {
                 plan.push(end, right_delta(), crc_from);
@@ -578,11 +652,12 @@ impl Leaf {
         let before = if left {
             Some(row_from)
         } else {
-            row_from.checked_sub(1).filter(|&row| tables.end(row) == start)
+            row_from
+                .checked_sub(1)
+                .filter(|&row| tables.end(row) == start)
         };
-        let joins_before = before.is_some_and(|row| {
-            tables.delta(row) + u64::from(start - tables.start(row)) == delta
-        });
+        let joins_before = before
+            .is_some_and(|row| tables.delta(row) + u64::from(start - tables.start(row)) == delta);
         if !joins_before {
             plan.push(start, delta, crc_from);
         }
@@ -624,7 +699,11 @@ impl Leaf {
             {
                 run.len += len;
             }
-            _ => runs.push(Run { start, len, address }),
+            _ => runs.push(Run {
+                start,
+                len,
+                address,
+            }),
         };
         if self.mapped > 0 {
             self.pieces(0, start, |piece| {
@@ -647,7 +726,11 @@ impl Leaf {
 
     fn encode(runs: &[Run], crcs: &[u32], slack: bool) -> Self {
         let base = runs.iter().map(|run| run.address).min().unwrap_or(0);
-        let last = runs.iter().map(|run| run.address + u64::from(run.len) - 1).max().unwrap_or(0);
+        let last = runs
+            .iter()
+            .map(|run| run.address + u64::from(run.len) - 1)
+            .max()
+            .unwrap_or(0);
         let width = width_for(last - base);
         let (form, need, rows) = smallest(width, crcs.len(), runs.len());
         let room = match form {
@@ -692,7 +775,14 @@ impl Leaf {
             rank += run.len as usize;
         }
         let (mapped, rows) = (crcs.len() as u16, rows as u16);
-        Self { buf, base, mapped, rows, form, width: width as u8 }
+        Self {
+            buf,
+            base,
+            mapped,
+            rows,
+            form,
+            width: width as u8,
+        }
     }
 
     /// The leaf that the tables of a node describe, or what is wrong with them. Whatever the
@@ -755,7 +845,10 @@ impl Leaf {
                 Form::Sparse => (tables.start(row), 1),
                 Form::Runs => {
                     let len = tables.rank(row + 1).checked_sub(tables.rank(row));
-                    (tables.start(row), len.filter(|&len| len > 0).ok_or("a run is empty")?)
+                    (
+                        tables.start(row),
+                        len.filter(|&len| len > 0).ok_or("a run is empty")?,
+                    )
                 }
                 Form::Dense => (row as u32, 1),
             };
@@ -785,9 +878,25 @@ impl Leaf {
 /// The smallest form for so many mapped blocks in so many runs: form, bytes, rows.
 fn smallest(width: usize, mapped: usize, runs: usize) -> (Form, usize, usize) {
     let full = LEAF_BLOCKS as usize;
-    let sparse = (Form::Sparse, layout(Form::Sparse, width, mapped, mapped).end, mapped);
-    let in_runs = (Form::Runs, layout(Form::Runs, width, mapped, runs).end, runs);
-    let dense = (Form::Dense, layout(Form::Dense, width, mapped, full).end, full);
-    let best = if in_runs.1 < sparse.1 { in_runs } else { sparse };
+    let sparse = (
+        Form::Sparse,
+        layout(Form::Sparse, width, mapped, mapped).end,
+        mapped,
+    );
+    let in_runs = (
+        Form::Runs,
+        layout(Form::Runs, width, mapped, runs).end,
+        runs,
+    );
+    let dense = (
+        Form::Dense,
+        layout(Form::Dense, width, mapped, full).end,
+        full,
+    );
+    let best = if in_runs.1 < sparse.1 {
+        in_runs
+    } else {
+        sparse
+    };
     if dense.1 < best.1 { dense } else { best }
 }

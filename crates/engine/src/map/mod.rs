@@ -106,7 +106,12 @@ pub enum Extent {
     Hole { block: BlockNumber, count: u32 },
     /// At consecutive addresses in one segment; the checksums start at `first_crc` in
     /// [`Extents::checksums`].
-    Mapped { block: BlockNumber, count: u32, address: Address, first_crc: usize },
+    Mapped {
+        block: BlockNumber,
+        count: u32,
+        address: Address,
+        first_crc: usize,
+    },
 }
 
 /// The answer of [`Map::lookup`]; keep it to save allocations.
@@ -133,12 +138,16 @@ impl Extents {
             *count += more;
             return;
         }
-        self.extents.push(Extent::Hole { block: BlockNumber(from), count: more });
+        self.extents.push(Extent::Hole {
+            block: BlockNumber(from),
+            count: more,
+        });
     }
 
     fn push_piece(&mut self, block: u64, piece: &leaf::Piece<'_>) {
         let first_crc = self.checksums.len();
-        self.checksums.extend(piece.crcs.iter().map(|crc| u32::from_le_bytes(*crc)));
+        self.checksums
+            .extend(piece.crcs.iter().map(|crc| u32::from_le_bytes(*crc)));
         // Block 0 of a segment is never data: consecutive addresses are in one segment.
         match self.extents.last_mut() {
             Some(Extent::Mapped { count, address, .. })
@@ -203,7 +212,10 @@ fn end_of(block: BlockNumber, count: u64) -> u64 {
 fn push_displaced(displaced: &mut Vec<Displaced>, address: u64, count: u32) {
     match displaced.last_mut() {
         Some(last) if last.address.bits() + u64::from(last.count) == address => last.count += count,
-        _ => displaced.push(Displaced { address: Address::from_bits(address), count }),
+        _ => displaced.push(Displaced {
+            address: Address::from_bits(address),
+            count,
+        }),
     }
 }
 
@@ -328,7 +340,9 @@ impl Map {
             let done = (at - block.0) as usize;
             let crcs = &crcs[done..done + (to - at) as usize];
             let lost = self.slab.change(leaf, |entry| {
-                let Body::Leaf(leaf) = &mut entry.body else { unreachable!("level 0 is a leaf") };
+                let Body::Leaf(leaf) = &mut entry.body else {
+                    unreachable!("level 0 is a leaf")
+                };
                 let address = address.bits() + done as u64;
                 leaf.set((at - first) as u32, address, crcs, |address, count| {
                     push_displaced(displaced, address, count);
@@ -369,7 +383,11 @@ impl Map {
                 });
                 self.drop_leaf(at);
             } else if lost > 0 {
-                let index = if self.may_change(index) { index } else { self.own_path(at, 0) };
+                let index = if self.may_change(index) {
+                    index
+                } else {
+                    self.own_path(at, 0)
+                };
                 self.slab.change(index, |entry| {
                     let Body::Leaf(leaf) = &mut entry.body else {
                         unreachable!("level 0 is a leaf")
@@ -412,9 +430,13 @@ impl Map {
     /// Takes the bytes of a node that a call asked for. Bytes that are not that node are refused;
     /// a node that is no longer wanted is dropped without a sound.
     pub fn supply(&mut self, location: NodeLocation, bytes: &[u8]) -> Result<(), NodeError> {
-        let Some((level, first)) = self.wanted.remove(&location) else { return Ok(()) };
+        let Some((level, first)) = self.wanted.remove(&location) else {
+            return Ok(());
+        };
         let body = node::get_node(&location, level, first, bytes).map_err(NodeError)?;
-        let wanted = self.head_slot(level, first).filter(|slot| slot.location() == Some(location));
+        let wanted = self
+            .head_slot(level, first)
+            .filter(|slot| slot.location() == Some(location));
         if wanted.is_some_and(|slot| self.slab.resolve(slot.handle).is_none()) {
             let handle = self.slab.insert(body, State::Clean, self.generation);
             self.edit_head_slot(level, first, |slot| slot.handle = handle);
@@ -428,31 +450,41 @@ impl Map {
     pub fn evict(&mut self, target_bytes: usize) -> usize {
         let before = self.slab.bytes();
         let capacity = self.slab.capacity();
-        // Twice round: the first time may only find that every node was used.
-        for _ in 0..2 * u64::from(capacity) {
+        // One round may only find that every node was used, and parents follow their children.
+        let mut idle = 0;
+        while idle < capacity {
             if self.slab.bytes() <= target_bytes || self.slab.bytes() == self.slab.dirty_bytes() {
                 break;
             }
+            idle += 1;
             let index = self.clock_hand % capacity;
             self.clock_hand = (index + 1) % capacity;
             let (evictable, referenced) = {
                 let entry = self.slab.entry(index);
                 let here = !matches!(entry.body, Body::Free);
-                (here && self.is_clean(entry.state, entry.stamp), entry.referenced)
+                (
+                    here && self.is_clean(entry.state, entry.stamp),
+                    entry.referenced,
+                )
             };
             if !evictable {
                 continue;
             }
             if referenced {
                 self.slab.entry_mut(index).referenced = false;
+                idle = 0;
                 continue;
             }
             if let Body::Inner(inner) = &self.slab.entry(index).body
-                && inner.slots().iter().any(|slot| self.slab.resolve(slot.handle).is_some())
+                && inner
+                    .slots()
+                    .iter()
+                    .any(|slot| self.slab.resolve(slot.handle).is_some())
             {
                 continue;
             }
             self.slab.remove(index);
+            idle = 0;
         }
         before - self.slab.bytes()
     }
@@ -520,11 +552,15 @@ impl Map {
             if !entry.referenced {
                 entry.referenced = true;
             }
-            let Body::Inner(inner) = &entry.body else { return Ok(Seek::Leaf(index)) };
+            let Body::Inner(inner) = &entry.body else {
+                return Ok(Seek::Leaf(index));
+            };
             let child = child_of(block, level);
             let Some(place) = inner.find(child) else {
                 let next = inner.next_child(child + 1).unwrap_or(FAN_OUT) as u64;
-                return Ok(Seek::Hole(first_of(block, level) + next * span_blocks(level - 1)));
+                return Ok(Seek::Hole(
+                    first_of(block, level) + next * span_blocks(level - 1),
+                ));
             };
             handle = inner.slots()[place].handle;
             parent = Some((index, place));
@@ -534,24 +570,28 @@ impl Map {
 
     #[cold]
     fn want(&mut self, slot: &Slot, level: u8, block: u64) -> NeedNode {
-        let location = slot.location().expect("a node that is not in memory is on disk");
+        let location = slot
+            .location()
+            .expect("a node that is not in memory is on disk");
         if self.wanted.len() >= MAX_WANTED {
             self.wanted.clear();
         }
-        self.wanted.insert(location, (level, first_of(block, level)));
+        self.wanted
+            .insert(location, (level, first_of(block, level)));
         NeedNode(location)
     }
 
     fn resident(&mut self, slot: &Slot, level: u8, block: u64) -> Result<u32, NeedNode> {
-        self.slab.resolve(slot.handle).ok_or_else(|| self.want(slot, level, block))
+        self.slab
+            .resolve(slot.handle)
+            .ok_or_else(|| self.want(slot, level, block))
     }
 
     /// Whether the head may change the node as it is, and has its path to itself.
     #[inline]
     fn may_change(&self, index: u32) -> bool {
         let entry = self.slab.entry(index);
-        entry.state == State::Dirty
-            && (self.checkpoint.is_none() || entry.stamp == self.generation)
+        entry.state == State::Dirty && (self.checkpoint.is_none() || entry.stamp == self.generation)
     }
 
     fn is_clean(&self, state: State, stamp: u32) -> bool {
@@ -599,7 +639,10 @@ impl Map {
             };
             return Slot::in_memory(self.slab.insert(body, State::Dirty, self.generation));
         }
-        let index = self.slab.resolve(slot.handle).expect("a node on a path to own is in memory");
+        let index = self
+            .slab
+            .resolve(slot.handle)
+            .expect("a node on a path to own is in memory");
         if self.may_change(index) {
             return slot;
         }
@@ -620,7 +663,9 @@ impl Map {
 
     /// Notes that the head no longer has the node at the slot's location.
     fn bury(&mut self, slot: &Slot) {
-        let Some(location) = slot.location() else { return };
+        let Some(location) = slot.location() else {
+            return;
+        };
         let written_now = self.slab.resolve(slot.handle).is_some_and(|index| {
             let entry = self.slab.entry(index);
             entry.state == State::Written && entry.stamp == self.generation
@@ -636,7 +681,11 @@ impl Map {
     fn drop_leaf(&mut self, block: u64) {
         self.own_path(block, 1);
         for level in 1..=ROOT_LEVEL {
-            let parent = self.head_slot(level, block).expect("the path was just made").handle.index;
+            let parent = self
+                .head_slot(level, block)
+                .expect("the path was just made")
+                .handle
+                .index;
             let slot = self.slab.change(parent, |entry| {
                 let Body::Inner(inner) = &mut entry.body else {
                     unreachable!("a parent is an inner node")
@@ -678,10 +727,14 @@ impl Map {
             edit(&mut self.head);
             return;
         }
-        let parent = self.head_slot(level + 1, block).and_then(|s| self.slab.resolve(s.handle));
+        let parent = self
+            .head_slot(level + 1, block)
+            .and_then(|s| self.slab.resolve(s.handle));
         let parent = parent.expect("the slot was found before");
         let inner = self.slab.inner_mut(parent);
-        let place = inner.find(child_of(block, level + 1)).expect("the slot was found before");
+        let place = inner
+            .find(child_of(block, level + 1))
+            .expect("the slot was found before");
         edit(&mut inner.slots_mut()[place]);
     }
 }

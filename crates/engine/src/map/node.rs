@@ -23,7 +23,7 @@ const MIN_NODE_BYTES: u32 = 56;
 
 const _: () = assert!(
     MAX_NODE_BYTES as usize >= HEADER_BYTES + BITMAP_BYTES + FAN_OUT * LOCATION_BYTES
-        && MAX_NODE_BYTES % 8 == 0
+        && MAX_NODE_BYTES.is_multiple_of(8)
 );
 
 fn u16_at(bytes: &[u8], at: usize) -> u16 {
@@ -55,8 +55,8 @@ pub(super) fn get_location(bytes: &[u8]) -> Option<NodeLocation> {
     };
     let end = u64::from(location.offset_bytes) + u64::from(location.len_bytes);
     let valid = location.segment.0 < 1 << (64 - ADDRESS_BLOCK_BITS)
-        && location.offset_bytes % 8 == 0
-        && location.len_bytes % 8 == 0
+        && location.offset_bytes.is_multiple_of(8)
+        && location.len_bytes.is_multiple_of(8)
         && (MIN_NODE_BYTES..=MAX_NODE_BYTES).contains(&location.len_bytes)
         && end <= MAX_SEGMENT_BYTES;
     valid.then_some(location)
@@ -81,9 +81,13 @@ pub(super) fn put_node(body: &Body, level: u8, first_block: u64, out: &mut Vec<u
     let len = node_bytes(body);
     out.resize(start + HEADER_BYTES, 0);
     let (form, width, entries, rows, base) = match body {
-        Body::Leaf(leaf) => {
-            (leaf.form() as u8, leaf.width(), leaf.mapped() as usize, leaf.rows(), leaf.base())
-        }
+        Body::Leaf(leaf) => (
+            leaf.form() as u8,
+            leaf.width(),
+            leaf.mapped() as usize,
+            leaf.rows(),
+            leaf.base(),
+        ),
         Body::Inner(inner) => (0, 0, inner.slots().len(), 0, 0),
         Body::Free => unreachable!("a freed node has no bytes"),
     };
@@ -105,7 +109,9 @@ pub(super) fn put_node(body: &Body, level: u8, first_block: u64, out: &mut Vec<u
                 out.extend_from_slice(&word.to_le_bytes());
             }
             for slot in inner.slots() {
-                let location = slot.location().expect("a child is written before its parent");
+                let location = slot
+                    .location()
+                    .expect("a child is written before its parent");
                 put_location(&location, out);
             }
         }
@@ -153,8 +159,17 @@ pub(super) fn get_node(
             f if f == Form::Runs as u8 => entries * 4 + rows * (4 + width),
             _ => rows * (4 + width),
         };
-        let tables = payload.get(..tables).ok_or("its length does not fit its counts")?;
-        Body::Leaf(Leaf::decode(form, width, entries, rows, u64_at(bytes, 32), tables)?)
+        let tables = payload
+            .get(..tables)
+            .ok_or("its length does not fit its counts")?;
+        Body::Leaf(Leaf::decode(
+            form,
+            width,
+            entries,
+            rows,
+            u64_at(bytes, 32),
+            tables,
+        )?)
     } else {
         if form != 0 || !(1..=FAN_OUT).contains(&entries) {
             return Err("its form or its count of children is out of range");

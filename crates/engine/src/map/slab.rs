@@ -17,7 +17,10 @@ pub(super) struct Handle {
 }
 
 impl Handle {
-    pub const NONE: Self = Self { index: u32::MAX, generation: 0 };
+    pub const NONE: Self = Self {
+        index: u32::MAX,
+        generation: 0,
+    };
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +94,8 @@ impl Slab {
     #[cfg(test)]
     pub fn allocated_bytes(&self) -> usize {
         let used = self.capacity() as usize - self.free.len();
-        self.bytes + (self.capacity() as usize - used) * size_of::<Entry>()
+        self.bytes
+            + (self.capacity() as usize - used) * size_of::<Entry>()
             + self.chunks.capacity() * size_of::<Box<[Entry]>>()
             + self.free.capacity() * size_of::<u32>()
     }
@@ -136,7 +140,10 @@ impl Slab {
 
     fn add_chunk(&mut self) {
         let first = self.capacity();
-        assert!(first < u32::MAX - CHUNK_ENTRIES as u32, "more map nodes than a handle can name");
+        assert!(
+            first < u32::MAX - CHUNK_ENTRIES as u32,
+            "more map nodes than a handle can name"
+        );
         let chunk = std::iter::repeat_with(|| Entry {
             body: Body::Free,
             generation: 0,
@@ -146,7 +153,8 @@ impl Slab {
             superseded: false,
         });
         self.chunks.push(chunk.take(CHUNK_ENTRIES).collect());
-        self.free.extend((first..first + CHUNK_ENTRIES as u32).rev());
+        self.free
+            .extend((first..first + CHUNK_ENTRIES as u32).rev());
     }
 
     pub fn remove(&mut self, index: u32) {

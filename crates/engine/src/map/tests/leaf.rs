@@ -38,14 +38,20 @@ fn check(leaf: &Leaf, model: &[Option<(u64, u32)>]) {
         let mut got = vec![None; 1024];
         let mut at = from;
         leaf.pieces(from, to, |piece| {
-            assert!(piece.start >= at && piece.len() > 0, "pieces ascend and are not empty");
+            assert!(
+                piece.start >= at && piece.len() > 0,
+                "pieces ascend and are not empty"
+            );
             for (i, crc) in piece.crcs.iter().enumerate() {
                 let entry = (piece.address + i as u64, u32::from_le_bytes(*crc));
                 got[piece.start as usize + i] = Some(entry);
             }
             at = piece.start + piece.len();
         });
-        assert_eq!(&got[from as usize..to as usize], &model[from as usize..to as usize]);
+        assert_eq!(
+            &got[from as usize..to as usize],
+            &model[from as usize..to as usize]
+        );
     }
     let mapped = model.iter().flatten().count();
     assert_eq!(leaf.mapped() as usize, mapped);
@@ -62,7 +68,10 @@ fn check(leaf: &Leaf, model: &[Option<(u64, u32)>]) {
             leaf.base(),
             leaf.table_bytes(),
         );
-        assert_eq!(again.expect("a leaf's tables are valid").table_bytes(), leaf.table_bytes());
+        assert_eq!(
+            again.expect("a leaf's tables are valid").table_bytes(),
+            leaf.table_bytes()
+        );
     }
 }
 

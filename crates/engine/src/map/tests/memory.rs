@@ -11,17 +11,24 @@ struct Writer {
 
 impl Writer {
     fn new() -> Self {
-        Self { map: Map::empty(), next: 1 << 13 | 1 }
+        Self {
+            map: Map::empty(),
+            next: 1 << 13 | 1,
+        }
     }
 
     fn write(&mut self, block: u64, count: u64) {
         // As a log does: a record header now and then, and the next segment at its end.
-        if self.next % 8192 + count > 8192 {
+        if self.next % 8192 == 0 || self.next % 8192 + count > 8192 {
             self.next = (self.next / 8192 + 1) * 8192 + 1;
         }
-        let crcs: Vec<u32> = (0..count).map(|i| (self.next + i) as u32 ^ 0x5a5a).collect();
+        let crcs: Vec<u32> = (0..count)
+            .map(|i| (self.next + i) as u32 ^ 0x5a5a)
+            .collect();
         let address = Address::from_bits(self.next);
-        self.map.insert(BlockNumber(block), address, &crcs, &mut Vec::new()).unwrap();
+        self.map
+            .insert(BlockNumber(block), address, &crcs, &mut Vec::new())
+            .unwrap();
         self.next += count + u64::from(count > 1);
     }
 
@@ -43,9 +50,6 @@ fn uniform(jump: u64) -> (f64, f64) {
     while writer.map.mapped_blocks() < 625_000 {
         let block = random.below(16 << 20);
         writer.next += jump;
-        if writer.next % 8192 == 0 {
-            writer.next += 1;
-        }
         writer.write(block, 1);
     }
     writer.bytes_a_block()

@@ -21,16 +21,13 @@ struct Store {
 
 impl Store {
     /// Runs a call on the map, supplying what it asks for.
-    fn with<T>(
-        &self,
-        map: &mut Map,
-        mut call: impl FnMut(&mut Map) -> Result<T, NeedNode>,
-    ) -> T {
+    fn with<T>(&self, map: &mut Map, mut call: impl FnMut(&mut Map) -> Result<T, NeedNode>) -> T {
         loop {
             match call(map) {
                 Ok(value) => return value,
                 Err(NeedNode(location)) => {
-                    map.supply(location, &self.nodes[&location]).expect("the node is intact");
+                    map.supply(location, &self.nodes[&location])
+                        .expect("the node is intact");
                 }
             }
         }
@@ -42,11 +39,15 @@ impl Store {
         let segment = SegmentNumber(self.next_segment);
         let mut buffer = vec![0xee; 24];
         let progress = map.write_nodes(segment, 4096, space, &mut buffer);
-        assert!(buffer.len() - 24 <= space as usize, "more was written than there is space");
+        assert!(
+            buffer.len() - 24 <= space as usize,
+            "more was written than there is space"
+        );
         let mut written = Vec::new();
         let mut at = 24;
         while at < buffer.len() {
-            let word = |i: usize| u32::from_le_bytes(buffer[at + i..at + i + 4].try_into().unwrap());
+            let word =
+                |i: usize| u32::from_le_bytes(buffer[at + i..at + i + 4].try_into().unwrap());
             let location = NodeLocation {
                 segment,
                 offset_bytes: 4096 + at as u32 - 24,

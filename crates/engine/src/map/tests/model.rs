@@ -127,7 +127,10 @@ impl Harness {
         let mut dead = Vec::new();
         self.map.take_dead_nodes(&mut dead);
         for location in dead {
-            assert!(self.live.remove(&location), "a node died twice or was never written");
+            assert!(
+                self.live.remove(&location),
+                "a node died twice or was never written"
+            );
         }
     }
 
@@ -141,7 +144,9 @@ impl Harness {
 
     fn lookup(&mut self, block: u64, len: u32) {
         let mut out = Extents::default();
-        self.store.with(&mut self.map, |map| map.lookup(BlockNumber(block), len, &mut out));
+        self.store.with(&mut self.map, |map| {
+            map.lookup(BlockNumber(block), len, &mut out)
+        });
         let mut at = block;
         let mut crcs_seen = 0;
         let mut last_was_hole = false;
@@ -155,7 +160,12 @@ impl Harness {
                     assert_eq!(self.blocks.range(at..end).next(), None);
                     at = end;
                 }
-                Extent::Mapped { block, count, address, first_crc } => {
+                Extent::Mapped {
+                    block,
+                    count,
+                    address,
+                    first_crc,
+                } => {
                     last_was_hole = false;
                     assert_eq!((block.0, first_crc), (at, crcs_seen));
                     for i in 0..count {
@@ -168,7 +178,10 @@ impl Harness {
                 }
             }
         }
-        assert_eq!((at, crcs_seen), (block + u64::from(len), out.checksums.len()));
+        assert_eq!(
+            (at, crcs_seen),
+            (block + u64::from(len), out.checksums.len())
+        );
     }
 
     fn run(&mut self, step: &Step) {
@@ -192,18 +205,29 @@ impl Harness {
                         &crcs,
                         &mut displaced,
                     );
-                    assert!(result.is_ok() || displaced.is_empty(), "an insert was not all or nothing");
+                    assert!(
+                        result.is_ok() || displaced.is_empty(),
+                        "an insert was not all or nothing"
+                    );
                     result
                 });
                 self.check_displaced(&displaced, removed);
             }
             Step::Remove { block, len } => {
                 let len = clip(block, len);
-                let keys: Vec<u64> =
-                    self.blocks.range(block..block + u64::from(len)).map(|(key, _)| *key).collect();
-                let removed = keys.iter().map(|key| self.blocks.remove(key).unwrap().0).collect();
+                let keys: Vec<u64> = self
+                    .blocks
+                    .range(block..block + u64::from(len))
+                    .map(|(key, _)| *key)
+                    .collect();
+                let removed = keys
+                    .iter()
+                    .map(|key| self.blocks.remove(key).unwrap().0)
+                    .collect();
                 let mut displaced = Vec::new();
-                store.with(map, |map| map.remove(BlockNumber(block), len, &mut displaced));
+                store.with(map, |map| {
+                    map.remove(BlockNumber(block), len, &mut displaced)
+                });
                 self.check_displaced(&displaced, removed);
             }
             Step::Lookup { block, len } => self.lookup(block, clip(block, len)),
@@ -243,10 +267,23 @@ impl Harness {
                 let root = root.unwrap();
                 self.take_dead();
                 let (blocks, nodes) = self.store.read_tree(root);
-                assert_eq!(blocks, self.frozen.take().unwrap(), "the checkpoint holds its freeze");
-                assert_eq!(nodes, self.live, "live nodes are those of the checkpoint");
+                assert_eq!(
+                    blocks,
+                    self.frozen.take().unwrap(),
+                    "the checkpoint holds its freeze"
+                );
+                let unaccounted: Vec<_> = nodes.symmetric_difference(&self.live).collect();
+                assert_eq!(
+                    unaccounted,
+                    Vec::<&NodeLocation>::new(),
+                    "not both live and reachable"
+                );
                 self.map.finish_checkpoint();
-                self.committed = Committed { root, blocks, nodes };
+                self.committed = Committed {
+                    root,
+                    blocks,
+                    nodes,
+                };
             }
             Step::Abort if self.frozen.is_some() => {
                 map.abort_checkpoint();
@@ -260,7 +297,11 @@ impl Harness {
                 assert!(map.memory_bytes() >= map.dirty_bytes());
             }
             Step::Reopen => {
-                let Committed { root, blocks, nodes } = self.committed.clone();
+                let Committed {
+                    root,
+                    blocks,
+                    nodes,
+                } = self.committed.clone();
                 self.map = Map::open(root, blocks.len() as u64);
                 self.blocks = blocks;
                 self.live = nodes;
@@ -270,9 +311,14 @@ impl Harness {
             Step::Relocate { pick } => {
                 let mut all: Vec<_> = self.live.iter().copied().collect();
                 all.sort();
-                let Some(location) = all.get(pick % all.len().max(1)).copied() else { return };
+                let Some(location) = all.get(pick % all.len().max(1)).copied() else {
+                    return;
+                };
                 let bytes = &store.nodes[&location];
-                let (level, first) = (bytes[6], u64::from_le_bytes(bytes[8..16].try_into().unwrap()));
+                let (level, first) = (
+                    bytes[6],
+                    u64::from_le_bytes(bytes[8..16].try_into().unwrap()),
+                );
                 let first = BlockNumber(first);
                 if store.with(map, |map| map.relocate(level, first, location)) {
                     let again = store.with(map, |map| map.relocate(level, first, location));
@@ -286,7 +332,11 @@ impl Harness {
 }
 
 fn config(cases: u32) -> Config {
-    Config { cases, failure_persistence: None, ..Config::default() }
+    Config {
+        cases,
+        failure_persistence: None,
+        ..Config::default()
+    }
 }
 
 proptest! {
@@ -315,7 +365,8 @@ fn map_with(blocks: &[u64]) -> (Map, Store) {
     let mut map = Map::empty();
     for &block in blocks {
         let address = Address::new(SegmentNumber(1 + block / 8000), 1 + (block % 8000) as u32);
-        map.insert(BlockNumber(block), address, &[7], &mut Vec::new()).unwrap();
+        map.insert(BlockNumber(block), address, &[7], &mut Vec::new())
+            .unwrap();
     }
     (map, Store::default())
 }
@@ -324,7 +375,9 @@ fn commit(map: &mut Map, store: &mut Store) -> Option<NodeLocation> {
     map.begin_checkpoint();
     let (progress, _) = store.write_step(map, u32::MAX >> 1);
     map.finish_checkpoint();
-    let CheckpointProgress::Done { root } = progress else { panic!("space for all was given") };
+    let CheckpointProgress::Done { root } = progress else {
+        panic!("space for all was given")
+    };
     root
 }
 
@@ -347,7 +400,8 @@ fn a_checkpoint_of_an_unchanged_map_writes_nothing() {
     assert!(root.is_some());
     // Neither a read nor the removal of what is not there changes anything.
     map.remove(BlockNumber(6), 1000, &mut Vec::new()).unwrap();
-    map.lookup(BlockNumber(0), 1 << 21, &mut Extents::default()).unwrap();
+    map.lookup(BlockNumber(0), 1 << 21, &mut Extents::default())
+        .unwrap();
     let nodes = store.nodes.len();
     assert_eq!(map.dirty_bytes(), 0);
     assert_eq!(commit(&mut map, &mut store), root);
@@ -373,7 +427,8 @@ fn a_resident_range_asks_for_nothing() {
     map.evict(0);
     store.with(&mut map, |map| map.ensure_resident(BlockNumber(1000), 5000));
     let at = Address::new(SegmentNumber(9), 1);
-    map.insert(BlockNumber(1000), at, &[1; 3000], &mut Vec::new()).unwrap();
+    map.insert(BlockNumber(1000), at, &[1; 3000], &mut Vec::new())
+        .unwrap();
     map.remove(BlockNumber(900), 5000, &mut Vec::new()).unwrap();
     assert_eq!(map.mapped_blocks(), 0);
 }

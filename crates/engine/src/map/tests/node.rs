@@ -24,7 +24,10 @@ fn location(bytes: &[u8]) -> NodeLocation {
 fn put(body: &Body, level: u8, first: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     let (len, checksum) = put_node(body, level, first, &mut bytes);
-    assert_eq!((len as usize, checksum), (bytes.len(), location(&bytes).checksum));
+    assert_eq!(
+        (len as usize, checksum),
+        (bytes.len(), location(&bytes).checksum)
+    );
     assert_eq!(bytes.len(), node_bytes(body));
     assert!(bytes.len() % 8 == 0 && len <= MAX_NODE_BYTES);
     bytes
@@ -41,17 +44,29 @@ fn samples() -> Vec<(u8, u64, Vec<u8>)> {
     runs.set(0, 1 << 13 | 1, &[9; 300], |_, _| {});
     runs.set(100, 1 << 14 | 1, &[8; 30], |_, _| {});
     leaves.push(runs);
-    for (count, spread) in [(40, 1 << 20), (1024, 1 << 20), (1024, 1 << 45), (1024, 1u64 << 63)] {
+    for (count, spread) in [
+        (40, 1 << 20),
+        (1024, 1 << 20),
+        (1024, 1 << 45),
+        (1024, 1u64 << 63),
+    ] {
         let mut leaf = Leaf::empty();
         for _ in 0..count {
             let address = random.below(spread) << 13 >> 13 << 1 | 1;
-            leaf.set(random.below(1024) as u32, address, &[random.next() as u32], |_, _| {});
+            leaf.set(
+                random.below(1024) as u32,
+                address,
+                &[random.next() as u32],
+                |_, _| {},
+            );
         }
         leaf.compact();
         leaves.push(leaf);
     }
-    let mut all: Vec<_> =
-        leaves.into_iter().map(|leaf| (0, 7 << 10, put(&Body::Leaf(leaf), 0, 7 << 10))).collect();
+    let mut all: Vec<_> = leaves
+        .into_iter()
+        .map(|leaf| (0, 7 << 10, put(&Body::Leaf(leaf), 0, 7 << 10)))
+        .collect();
     for count in [1, 256] {
         let mut inner = Inner::default();
         for child in 0..count {
@@ -84,7 +99,10 @@ fn every_flipped_bit_and_every_truncation_is_detected() {
         let step = if bytes.len() < 1500 { 1 } else { 61 };
         for bit in (0..40 * 8).chain((40 * 8..bytes.len() * 8).step_by(step)) {
             bytes[bit / 8] ^= 1 << (bit % 8);
-            assert!(get_node(&at, level, first, &bytes).is_err(), "bit {bit} is not guarded");
+            assert!(
+                get_node(&at, level, first, &bytes).is_err(),
+                "bit {bit} is not guarded"
+            );
             bytes[bit / 8] ^= 1 << (bit % 8);
         }
         for len in (0..bytes.len()).step_by(step) {
@@ -99,7 +117,10 @@ fn a_node_of_another_place_is_refused() {
         let at = location(&bytes);
         assert!(get_node(&at, level, first + (1 << 34), &bytes).is_err());
         assert!(get_node(&at, level + 1, first, &bytes).is_err());
-        let other = NodeLocation { checksum: at.checksum ^ 1, ..at };
+        let other = NodeLocation {
+            checksum: at.checksum ^ 1,
+            ..at
+        };
         assert!(get_node(&other, level, first, &bytes).is_err());
     }
 }
@@ -108,7 +129,8 @@ fn a_node_of_another_place_is_refused() {
 fn supply_refuses_damage_and_takes_the_node_after() {
     let mut map = Map::empty();
     let at = Address::new(SegmentNumber(4), 9);
-    map.insert(BlockNumber(70), at, &[6], &mut Vec::new()).unwrap();
+    map.insert(BlockNumber(70), at, &[6], &mut Vec::new())
+        .unwrap();
     let mut store = super::Store::default();
     map.begin_checkpoint();
     store.write_step(&mut map, 1 << 20);
@@ -118,8 +140,17 @@ fn supply_refuses_damage_and_takes_the_node_after() {
     let bytes = &store.nodes[&need.0];
     let mut damaged = bytes.clone();
     damaged[50] ^= 4;
-    assert!(map.supply(need.0, &damaged).unwrap_err().to_string().contains("checksum"));
-    assert_eq!(map.ensure_resident(BlockNumber(70), 1), Err(need), "damage leaves no trace");
+    assert!(
+        map.supply(need.0, &damaged)
+            .unwrap_err()
+            .to_string()
+            .contains("checksum")
+    );
+    assert_eq!(
+        map.ensure_resident(BlockNumber(70), 1),
+        Err(need),
+        "damage leaves no trace"
+    );
     map.supply(need.0, bytes).unwrap();
     map.supply(need.0, bytes).unwrap();
     store.with(&mut map, |map| map.ensure_resident(BlockNumber(70), 1));
