@@ -80,7 +80,10 @@ impl Map {
         space_bytes: u32,
         buffer: &mut Vec<u8>,
     ) -> CheckpointProgress {
-        assert!(offset_bytes.is_multiple_of(8), "nodes are aligned to 8 bytes");
+        assert!(
+            offset_bytes.is_multiple_of(8),
+            "nodes are aligned to 8 bytes"
+        );
         let mut checkpoint = self.checkpoint.take().expect("a checkpoint is running");
         let start = buffer.len();
         if !checkpoint.started {

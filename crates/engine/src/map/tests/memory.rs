@@ -19,7 +19,7 @@ impl Writer {
 
     fn write(&mut self, block: u64, count: u64) {
         // As a log does: a record header now and then, and the next segment at its end.
-        if self.next % 8192 == 0 || self.next % 8192 + count > 8192 {
+        if self.next.is_multiple_of(8192) || self.next % 8192 + count > 8192 {
             self.next = (self.next / 8192 + 1) * 8192 + 1;
         }
         let crcs: Vec<u32> = (0..count)

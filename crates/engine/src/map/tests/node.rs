@@ -186,21 +186,19 @@ proptest! {
         let checksum = crc32c(&bytes);
         bytes[20..24].copy_from_slice(&checksum.to_le_bytes());
         let at = location(&bytes);
-        if let Ok(body) = get_node(&at, level, first, &bytes) {
-            // What is accepted can be used.
-            if let Body::Leaf(mut leaf) = body {
-                let mut seen = 0;
-                leaf.pieces(0, 1024, |piece| {
-                    seen += piece.len();
-                    let address = Address::from_bits(piece.address);
-                    assert!(address.block() > 0);
-                    let _ = address.plus(piece.len() - 1);
-                });
-                assert_eq!(seen, leaf.mapped());
-                leaf.set(3, 1 << 13 | 1, &[1; 20], |_, _| {});
-                leaf.clear(5, 700, |_, _| {});
-                leaf.compact();
-            }
+        // What is accepted can be used.
+        if let Ok(Body::Leaf(mut leaf)) = get_node(&at, level, first, &bytes) {
+            let mut seen = 0;
+            leaf.pieces(0, 1024, |piece| {
+                seen += piece.len();
+                let address = Address::from_bits(piece.address);
+                assert!(address.block() > 0);
+                let _ = address.plus(piece.len() - 1);
+            });
+            assert_eq!(seen, leaf.mapped());
+            leaf.set(3, 1 << 13 | 1, &[1; 20], |_, _| {});
+            leaf.clear(5, 700, |_, _| {});
+            leaf.compact();
         }
     }
 }
