@@ -78,7 +78,7 @@ async def get_protocol_features(_state: SessionState, _payload: None, _fds: Rece
 
 
 async def set_protocol_features(state: SessionState, features: int, _fds: ReceivedFds) -> None:
-    extra = features & ~OFFERED_PROTOCOL_FEATURES
+    extra = features & ~int(OFFERED_PROTOCOL_FEATURES)
     if extra:
         raise RefusedError(f"protocol features {_list(ProtocolFeature, extra)} are not offered")
     if state.any_started and features != state.protocol_features:

@@ -81,7 +81,8 @@ class SessionState:
         self.device = device
         self.engine = engine
         self._on_write_cache = on_write_cache
-        self.offered = device.features() | VirtioFeature.PROTOCOL_FEATURES
+        # A plain integer: the complement of a flag enumeration has only the bits with names.
+        self.offered = int(device.features() | VirtioFeature.PROTOCOL_FEATURES)
         self.features = 0
         self.features_negotiated = False
         self.features_refused = False

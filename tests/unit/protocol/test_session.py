@@ -64,6 +64,15 @@ async def test_features_not_offered_are_refused() -> None:
 
 
 @run_async
+async def test_feature_bits_without_a_name_are_refused() -> None:
+    async with served() as s:
+        await s.front.negotiate(protocol=ProtocolFeature.REPLY_ACK)
+        for bit in (60, 63, 20):
+            assert await s.front.result(Request.SET_FEATURES, encode_u64(1 << bit)) == 1
+            assert await s.front.result(Request.SET_PROTOCOL_FEATURES, encode_u64(1 << bit)) == 1
+
+
+@run_async
 async def test_a_session_knows_what_it_negotiated() -> None:
     async with served() as s:
         await s.front.running()
