@@ -205,6 +205,19 @@ class GuestMemory:
             address += here
             done += here
 
+    def spans(self, address: int, len_bytes: int) -> int | None:
+        """In how many adjoining regions a range lies; None if not all of it is guest memory."""
+        count = 0
+        while len_bytes > 0:
+            region = self.region_of(address)
+            if region is None:
+                return None
+            here = min(len_bytes, region.end - address)
+            address += here
+            len_bytes -= here
+            count += 1
+        return count
+
     def allocate(self, size_bytes: int, *, align: int = 16, region: Region | None = None) -> int:
         """The guest address of a new buffer, with whatever was there before.
 

@@ -1,0 +1,276 @@
+"""Back-ends for the suite: how each is started, looked at and stopped.
+
+A `Backend` is a running process (or a socket that somebody else serves) with one disk. Its disk's
+content is whatever the test before left. Used by the test's thread only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from vhostd.virtqueue.block import BlockDevice
+from vhostd.virtqueue.frontend import Frontend
+
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 30.0
+
+
+class BackendMissingError(Exception):
+    """The executable of a back-end is not there, or does not start."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpec:
+    """The disk a test wants."""
+
+    size_bytes: int = 64 << 20
+    block_bytes: int = 512
+    queues: int = 4
+    read_only: bool = False
+
+
+class Backend(ABC):
+    """A disk at `path`. `kind` is a word of `--backends`, or `socket`."""
+
+    kind: str
+    timeout_s = 20.0
+
+    def __init__(self, path: Path, spec: DiskSpec) -> None:
+        self.path = path
+        self.spec = spec
+
+    def device(self, **options: Any) -> BlockDevice:
+        """A connected block device; close it before the next one is opened."""
+        options.setdefault("timeout_s", self.timeout_s)
+        return BlockDevice(self.path, **options)
+
+    def frontend(self) -> Frontend:
+        """A bare connection."""
+        return Frontend(self.path, timeout_s=self.timeout_s)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is built of this project's protocol code, with its limits and strictness."""
+        return self.kind in {"vhostd", "reference"}
+
+    @property
+    @abstractmethod
+    def pid(self) -> int | None:
+        """Of the process, if it is known."""
+
+    @abstractmethod
+    def stop(self) -> None:
+        """Ends it and waits for that."""
+
+    def is_alive(self) -> bool:
+        return self.pid is not None
+
+    def fd_count(self) -> int:
+        """How many descriptors the process has open."""
+        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+
+    def log_tail(self) -> str:
+        return ""
+
+
+class SocketBackend(Backend):
+    """Somebody else's; nothing is known but what it says."""
+
+    kind = "socket"
+
+    @property
+    def pid(self) -> int | None:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.connect(str(self.path))
+            credentials = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return int.from_bytes(credentials[:4], sys.byteorder)
+
+    def is_alive(self) -> bool:
+        return self.path.is_socket()
+
+    def stop(self) -> None:
+        pass
+
+
+class ProcessBackend(Backend):
+    """A child process, its output in a file beside the disk."""
+
+    def __init__(self, path: Path, spec: DiskSpec, directory: Path) -> None:
+        super().__init__(path, spec)
+        self.directory = directory
+        self._log = directory / "log"
+        self._process = self._start()
+
+    @abstractmethod
+    def _start(self) -> subprocess.Popen[bytes]: ...
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process.poll() is None else None
+
+    def stop(self) -> None:
+        if self._process.poll() is None:
+            self._process.terminate()
+        try:
+            self._process.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise
+
+    def log_tail(self) -> str:
+        return self._log.read_text(errors="replace")[-4000:]
+
+    def _spawn(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+        """Starts a command that says `ready:` on its standard output, and waits for that."""
+        with self._log.open("ab") as log:
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
+        assert process.stdout is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        said = b""
+        while not any(line.startswith(b"ready:") for line in said.splitlines()):
+            left_s = deadline - time.monotonic()
+            readable, _, _ = select.select([process.stdout], [], [], max(0.0, left_s))
+            piece = os.read(process.stdout.fileno(), 4096) if readable else b""
+            if not piece:
+                process.kill()
+                process.wait()
+                process.stdout.close()
+                raise BackendMissingError(
+                    f"`{' '.join(command)}` did not get ready in {START_TIMEOUT_S:g} s; it said "
+                    f"{said!r} and logged:\n{self.log_tail()}"
+                )
+            said += piece
+        threading.Thread(target=self._drain, args=(process.stdout,), daemon=True).start()
+        return process
+
+    def _drain(self, output: IO[bytes]) -> None:
+        """Whatever else it says: nobody must be stopped by a full pipe."""
+        with output, self._log.open("ab") as log:
+            shutil.copyfileobj(output, log)
+
+
+class VhostdBackend(ProcessBackend):
+    """`vhostd disk`, from the environment the tests run in."""
+
+    kind = "vhostd"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        beside = Path(sys.executable).with_name("vhostd")
+        executable = os.environ.get("VHOSTD") or (
+            str(beside) if beside.exists() else shutil.which("vhostd")
+        )
+        if executable is None:
+            raise BackendMissingError(
+                f"there is no vhostd beside {sys.executable} nor on the PATH; install the project "
+                "(`make develop`), or set VHOSTD, or choose others with --backends"
+            )
+        spec = self.spec
+        disk = [executable, "disk", str(self.directory / "disk")]
+        options = ["--size", str(spec.size_bytes), "--socket", str(self.path)]
+        options += ["--queues", str(spec.queues)]
+        options += ["--logical-block-size", str(spec.block_bytes)]
+        if spec.read_only:
+            # A disk is made by its first opening, which therefore has to be a writable one.
+            first = self._spawn([*disk, *options])
+            first.terminate()
+            first.wait(STOP_TIMEOUT_S)
+            options.append("--read-only")
+        return self._spawn([*disk, *options])
+
+
+class ReferenceBackend(ProcessBackend):
+    """vhostd's protocol code over the readable device side: `reference_backend`."""
+
+    kind = "reference"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        spec = self.spec
+        command = [sys.executable, "-m", "tests.protocol.reference_backend"]
+        command += ["--socket", str(self.path), "--size", str(spec.size_bytes)]
+        command += ["--queues", str(spec.queues), "--block", str(spec.block_bytes)]
+        return self._spawn([*command, *(["--read-only"] if spec.read_only else [])])
+
+
+class QsdBackend(ProcessBackend):
+    """qemu-storage-daemon over a raw file. It inherits a listening socket: nothing is awaited."""
+
+    kind = "qsd"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        executable = shutil.which("qemu-storage-daemon")
+        if executable is None:
+            raise BackendMissingError("there is no qemu-storage-daemon on the PATH")
+        image = self.directory / "image"
+        image.touch()
+        os.truncate(image, self.spec.size_bytes)
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        with listener, self._log.open("ab") as log:
+            listener.bind(str(self.path))
+            listener.listen(1)
+            read_only = "on" if self.spec.read_only else "off"
+            options = f"discard=unmap,read-only={read_only}"
+            command = [
+                executable,
+                "--blockdev",
+                f"driver=file,node-name=file,filename={image},{options}",
+                "--blockdev",
+                f"driver=raw,node-name=disk,file=file,{options}",
+                "--export",
+                f"vhost-user-blk,id=disk0,node-name=disk,addr.type=fd,addr.str={listener.fileno()},"
+                f"writable={'off' if self.spec.read_only else 'on'},"
+                f"num-queues={self.spec.queues},logical-block-size={self.spec.block_bytes}",
+            ]
+            return subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[listener.fileno()])
+
+
+KINDS: dict[str, type[ProcessBackend]] = {
+    "vhostd": VhostdBackend,
+    "qsd": QsdBackend,
+    "reference": ReferenceBackend,
+}
+
+
+class BackendCache:
+    """One running back-end for each kind and disk, for a whole test run: starting costs."""
+
+    def __init__(self, directory: Path, socket_path: Path | None) -> None:
+        self._directory = directory
+        self._socket_path = socket_path
+        self._running: dict[tuple[str, DiskSpec], Backend] = {}
+        self._count = 0
+
+    def get(self, kind: str, spec: DiskSpec) -> Backend:
+        """A running one; a new one if the last has died."""
+        found = self._running.get((kind, spec))
+        if found is None or not found.is_alive():
+            found = self._running[kind, spec] = self.make(kind, spec)
+        return found
+
+    def make(self, kind: str, spec: DiskSpec) -> Backend:
+        """A new one, which the caller stops."""
+        if kind == "socket":
+            assert self._socket_path is not None
+            return SocketBackend(self._socket_path, spec)
+        self._count += 1
+        directory = self._directory / f"{kind}{self._count}"
+        directory.mkdir()
+        return KINDS[kind](directory / "s", spec, directory)
+
+    def stop(self) -> None:
+        with contextlib.ExitStack() as stack:
+            for backend in self._running.values():
+                stack.callback(backend.stop)
