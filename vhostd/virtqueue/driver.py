@@ -126,6 +126,8 @@ class SplitDriver:
         self._next_available = 0
         self._published = 0
         self._last_used = 0
+        if self.call_fd is None:
+            self.disable_calls()
 
     def close(self) -> None:
         """Closes the eventfds and lets go of the memory. A second call does nothing."""
@@ -276,6 +278,13 @@ class SplitDriver:
         except BlockingIOError:
             return 0
 
+    def renew_call(self) -> int:
+        """A new call descriptor; tell the back-end of it."""
+        if self.call_fd is not None:
+            os.close(self.call_fd)
+        self.call_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        return self.call_fd
+
     def is_broken(self) -> bool:
         """Whether the device has signalled the error descriptor since the last call."""
         try:
@@ -325,6 +334,8 @@ class SplitDriver:
         self._next_available = self._published = self._last_used = index & 0xFFFF
         self._available[1] = index & 0xFFFF
         self._used_words[1] = index & 0xFFFF
+        # What a device asked for before it was stopped must not keep the first kick from it.
+        self._used_words[self.layout.avail_event_offset // 2] = index & 0xFFFF
 
     def forget(self) -> None:
         """Gives up on chains in flight: the device has stopped, or its ring is broken.
@@ -373,8 +384,9 @@ def wait_for_used(
             poll.register(queue.call_fd, select.POLLIN)
     while True:
         for queue in queues:
-            queue.take_calls()
-            queue.enable_calls()
+            if queue.call_fd is not None:
+                queue.take_calls()
+                queue.enable_calls()
         found = [queue.reap() for queue in queues]
         left_s = deadline - time.monotonic()
         if any(found) or left_s <= 0:
