@@ -378,6 +378,13 @@ class Daemon:
                 volume=volume.name if volume else UUID(bytes=event["volume"]).hex,
                 **details,
             )
+        elif kind == "staging-full":
+            self._log.error(
+                "the staging directory is full, so writes are refused; make its tmpfs larger, or "
+                "engine.staging smaller",
+                staging_dir=self.config.engine.staging_dir,
+                reason=event["reason"],
+            )
         elif kind in ("device-failed", "device-full", "device-space-back"):
             self._device_event(kind, event)
         else:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 import msgspec
 
-from vhostd.cli.common import State, common, complete_volume, pass_state
+from vhostd.cli.common import State, common, complete_volume, pass_state, show_size
 from vhostd.errors import DamagedError
 from vhostd.storage.names import check_name, parse_volume
 from vhostd.storage.pool import is_pool
@@ -37,9 +37,32 @@ def check(state: State, what: str, data: bool) -> None:
     path, volume = _locate(state, what)
     checker: Any = importlib.import_module("vhostd.storage.check")
     report = checker.check_device(path, volume=volume, data=data, progress=None)
-    state.show(msgspec.to_builtins(report), str(report))
+    state.show(msgspec.to_builtins(report), lambda: _text(what, report))
     if not report.ok:
-        raise DamagedError(f"{what}: damage was found; restore what the report names")
+        raise DamagedError(
+            f"{what}: {report.errors} errors were found; do what the report says for each"
+        )
+
+
+def _text(what: str, report: Any) -> str:
+    lines = []
+    for finding in report.findings:
+        where = "".join(
+            f"{name} {value}: "
+            for name, value in (("volume", finding.volume), ("segment", finding.segment))
+            if value is not None
+        )
+        lines.append(f"{finding.severity}: {where}{finding.text}; {finding.action}")
+    counted = report.errors + report.warnings + report.notes
+    if counted > len(report.findings):
+        lines.append(f"… and {counted - len(report.findings)} more")
+    summary = report.summary
+    lines.append(
+        f"{what}: {summary.segments} segments, {summary.records} records, {summary.nodes} nodes, "
+        f"{summary.data_blocks_read} data blocks read ({show_size(summary.bytes_read)}, "
+        f"{summary.seconds:.1f} s): {report.errors} errors, {report.warnings} warnings"
+    )
+    return "\n".join(lines)
 
 
 def _locate(state: State, what: str) -> tuple[Path, str | None]:

@@ -348,10 +348,16 @@ class Pool:
             uncatalogued=uncatalogued,
             checkpoint_log_bytes=self._checkpoint_log_bytes,
         )
-        self._log.info("volume opened", volume=row.name, epoch=epoch, **volume.recovered)
+        self._report_recovery(row, epoch, volume.recovered)
         return OpenVolume(
             pool_name=self.name, row=row, epoch=epoch, catalog=self.catalog, engine=volume
         )
+
+    def _report_recovery(self, row: VolumeRow, epoch: int, recovered: dict[str, Any]) -> None:
+        counts = {key: value for key, value in recovered.items() if key != "warnings"}
+        self._log.info("volume opened", volume=row.name, epoch=epoch, **counts)
+        for warning in recovered.get("warnings", ()):
+            self._log.warning("recovery found something", volume=row.name, reason=warning)
 
     def _belongs_to(self, number: int, row: VolumeRow) -> bool:
         try:
