@@ -1,0 +1,262 @@
+"""The daemon over an engine that does no I/O: events, restarts, what it refuses."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from tests.unit.storage.fake_engine import FakeDevice, FakeEngine, format_device
+from vhostd.config import Config, EngineConfig
+from vhostd.daemon import Daemon
+from vhostd.errors import BusyError, DeviceError, NotFoundError, UnavailableError
+from vhostd.storage.names import VolumeName
+from vhostd.storage.pool import GRANT_SEGMENTS
+
+MIB = 1 << 20
+WEB = VolumeName("fast", "web")
+
+
+class World:
+    """A state directory, and the daemons that use it one after another."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config = Config(
+            state_dir=str(root / "s"),
+            runtime_dir=str(root / "r"),
+            checkpoint_interval_s=3600,
+            engine=EngineConfig(staging_dir=str(root / "staging")),
+        )
+        self.device = root / "device"
+        self.engine = FakeEngine()
+        self.daemon: Daemon
+
+    def run(self, body: Callable[[Daemon], Awaitable[None]]) -> None:
+        """One life of a daemon."""
+
+        async def main() -> None:
+            self.engine = FakeEngine()
+            self.daemon = Daemon(self.config, engine=self.engine, format_device=format_device)
+            try:
+                await self.daemon.start()
+                async with asyncio.timeout(20):
+                    await body(self.daemon)
+            finally:
+                await self.daemon.stop()
+
+        asyncio.run(main())
+
+    async def made(self, daemon: Daemon) -> dict[str, Any]:
+        """A pool with an attached volume."""
+        await daemon.create_pool("fast", self.device, MIB)
+        await daemon.create_volume(WEB, size_bytes=64 * MIB)
+        return await daemon.attach(WEB)
+
+
+@pytest.fixture
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return World(tmp_path_factory.mktemp("d"))
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    """Lets the loop run until it holds; the caller's timeout bounds it."""
+    while not condition():  # noqa: ASYNC110 -- what is awaited here makes no event
+        await asyncio.sleep(0)
+
+
+def test_wanted_checkpoint_is_committed(world: World) -> None:
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        pool = daemon.pool("fast")
+        [volume] = pool.open_volumes()
+        world.engine.volumes[volume.uuid].write(9)
+        world.engine.tell(kind="checkpoint-wanted", volume=volume.uuid.bytes)
+        await until(lambda: pool.catalog.checkpoint(volume.uuid).state["sequence"] == 9)
+
+    world.run(body)
+
+
+def test_wanted_numbers_are_granted_by_the_catalog_first(world: World) -> None:
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        pool = daemon.pool("fast")
+        device = pool.device
+        assert isinstance(device, FakeDevice)
+        before = device.granted
+        world.engine.tell(kind="segment-numbers-wanted", device=device.index)
+        await until(lambda: device.granted != before)
+        assert device.granted == range(before.stop, before.stop + GRANT_SEGMENTS)
+        assert pool.catalog.pool().next_segment == device.granted.stop
+
+    world.run(body)
+
+
+def test_failed_checkpoint_is_logged_and_the_daemon_goes_on(world: World) -> None:
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        [volume] = daemon.pool("fast").open_volumes()
+        engine = world.engine.volumes[volume.uuid]
+        engine.write()
+        engine.fail_next = DeviceError("the disk is on fire")
+        with capture_logs() as logs:
+            world.engine.tell(kind="checkpoint-wanted", volume=volume.uuid.bytes)
+            await until(lambda: engine.fail_next is None)
+            await until(lambda: any(line.get("error") == "the disk is on fire" for line in logs))
+        assert await daemon.checkpoint(None) == ["fast/web"]
+
+    world.run(body)
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        {"kind": "corruption", "offset_bytes": 0, "len_bytes": 1, "segment": 1, "reason": "r"},
+        {"kind": "device-failed", "device": 0, "reason": "r"},
+        {"kind": "device-full", "device": 0},
+        {"kind": "staging-full", "device": 0, "reason": "r"},
+        {"kind": "something-new"},
+        {},
+    ],
+)
+def test_event_that_needs_a_person_is_logged(world: World, event: dict[str, Any]) -> None:
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        [volume] = daemon.pool("fast").open_volumes()
+        with capture_logs() as logs:
+            world.engine.tell(**{"volume": volume.uuid.bytes, **event})
+            await until(lambda: logs)
+        assert logs[0]["log_level"] in ("error", "warning")
+
+    world.run(body)
+
+
+def test_event_of_what_is_gone_does_nothing(world: World) -> None:
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        with capture_logs() as logs:
+            world.engine.tell(kind="checkpoint-wanted", volume=b"x" * 16)
+            world.engine.tell(kind="ring-broken", export=99, queue=0, reason="r")
+            world.engine.tell(kind="segment-numbers-wanted", device=99)
+            await until(lambda: not world.engine.events)
+        assert logs == []
+
+    world.run(body)
+
+
+def test_restart_restores_pools_and_attachments_on_their_sockets(world: World) -> None:
+    sockets: list[str] = []
+
+    async def first(daemon: Daemon) -> None:
+        sockets.append((await world.made(daemon))["socket"])
+
+    async def second(daemon: Daemon) -> None:
+        assert [a.record.socket for a in daemon.attachments.all()] == sockets
+        with socket.socket(socket.AF_UNIX) as front_end:
+            front_end.connect(sockets[0])
+
+    world.run(first)
+    assert not Path(sockets[0]).exists()
+    world.run(second)
+
+
+def test_detached_volume_is_not_attached_again(world: World) -> None:
+    async def first(daemon: Daemon) -> None:
+        await world.made(daemon)
+        await daemon.detach(WEB, None)
+        assert daemon.pool("fast").open_volumes() == []
+
+    async def second(daemon: Daemon) -> None:
+        assert daemon.attachments.all() == []
+
+    world.run(first)
+    world.run(second)
+
+
+def test_attach_that_fails_leaves_no_trace(world: World) -> None:
+    async def body(daemon: Daemon) -> None:
+        await daemon.create_pool("fast", world.device, MIB)
+        await daemon.create_volume(WEB, size_bytes=64 * MIB)
+        with pytest.raises(NotFoundError, match="its directory does not exist"):
+            await daemon.attach(WEB, socket=str(world.root / "no" / "x.sock"))
+        with pytest.raises(NotFoundError, match="other does not exist"):
+            await daemon.attach(VolumeName("fast", "other"))
+        assert daemon.attachments.all() == []
+        assert daemon.pool("fast").open_volumes() == []
+
+    world.run(body)
+    world.run(lambda daemon: _nothing_attached(daemon))
+
+
+async def _nothing_attached(daemon: Daemon) -> None:
+    assert daemon.attachments.all() == []
+
+
+def test_pool_that_is_gone_is_reported_and_can_be_forgotten(world: World) -> None:
+    async def second(daemon: Daemon) -> None:
+        with pytest.raises(UnavailableError, match="is no pool"):
+            daemon.pool("fast")
+        [row] = await daemon.list_pools()
+        assert row["device"] == str(world.device)
+        [attachment] = daemon.attachments.all()
+        assert "fast is not open" in (attachment.error or "")
+        await daemon.close_pool("fast")
+        assert daemon.attachments.all() == []
+
+    async def third(daemon: Daemon) -> None:
+        assert await daemon.list_pools() == []
+
+    async def first(daemon: Daemon) -> None:
+        await world.made(daemon)
+
+    world.run(first)
+    world.device.rename(world.root / "elsewhere")
+    world.run(second)
+    world.run(third)
+
+
+def test_second_daemon_is_refused_and_the_first_keeps_its_lock(world: World) -> None:
+    async def body(daemon: Daemon) -> None:
+        other = Daemon(world.config, engine=FakeEngine(), format_device=format_device)
+        for _ in range(2):
+            with pytest.raises(BusyError, match="in use by the process with PID"):
+                await other.start()
+
+    world.run(body)
+
+
+def test_destroy_is_forgotten_by_the_registry(world: World) -> None:
+    async def first(daemon: Daemon) -> None:
+        await world.made(daemon)
+        with pytest.raises(BusyError, match="attached"):
+            await daemon.destroy_pool("fast", force=True)
+        await daemon.detach(WEB, None)
+        with pytest.raises(BusyError, match="--force"):
+            await daemon.destroy_pool("fast", force=False)
+        await daemon.destroy_pool("fast", force=True)
+
+    async def second(daemon: Daemon) -> None:
+        assert await daemon.list_pools() == []
+
+    world.run(first)
+    assert list(world.device.iterdir()) == []
+    world.run(second)
+
+
+def test_closed_volume_is_committed_at_the_stop(world: World) -> None:
+    async def first(daemon: Daemon) -> None:
+        await world.made(daemon)
+        [volume] = daemon.pool("fast").open_volumes()
+        world.engine.volumes[volume.uuid].write(4)
+
+    async def second(daemon: Daemon) -> None:
+        [volume] = daemon.pool("fast").open_volumes()
+        assert world.engine.volumes[volume.uuid].opened["checkpoint"]["sequence"] == 4
+
+    world.run(first)
+    world.run(second)
