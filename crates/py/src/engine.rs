@@ -408,6 +408,8 @@ impl Engine {
 
     fn shutdown(&self, py: Python<'_>) {
         py.detach(|| self.shared.workers.iter().for_each(Worker::shutdown));
+        // They went with their workers.
+        self.shared.tables().volumes.clear();
     }
 }
 
