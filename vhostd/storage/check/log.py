@@ -423,7 +423,7 @@ class LogCheck:
 
     def _add_gap(self, segment: _Segment, first: int, sequence: int) -> None:
         # Sealing, and a new epoch, come after everything before was durable.
-        lost = segment.sealed or segment.epoch > self._epoch
+        lost = segment.sealed or segment.epoch > self._epoch > 0
         severity: Severity = "error" if lost else "warning"
         self._ended = not lost
         text = f"records {first} to {sequence - 1} of the log are missing before segment "
@@ -478,6 +478,7 @@ class LogCheck:
         if segment.row is not None:
             segment.summaries.append(summary)
         segment.end_blocks = summary.end_blocks
+        self._epoch = max(self._epoch, segment.epoch)
         self._sequence = summary.sequence
         self._checksum = summary.header_checksum
 
@@ -524,6 +525,14 @@ class LogCheck:
 
     def _compare_with_catalog(self, segment: _Segment) -> None:
         row = segment.row
+        used_bytes = max(segment.end_blocks, row.used_blocks if row else 0) * BLOCK_BYTES
+        if segment.file.size_bytes < used_bytes:
+            self._error(
+                segment,
+                segment.file.size_bytes // BLOCK_BYTES,
+                "file-short",
+                f"the file has {segment.file.size_bytes} bytes, and {used_bytes} were written",
+            )
         if row is None:
             return
         if segment.end_blocks < row.used_blocks:
