@@ -54,7 +54,7 @@ pub(super) fn get_location(bytes: &[u8]) -> Option<NodeLocation> {
         checksum: u32_at(bytes, 16),
     };
     let end = u64::from(location.offset_bytes) + u64::from(location.len_bytes);
-    let valid = location.segment.0 < 1 << (64 - ADDRESS_BLOCK_BITS)
+    let valid = (1..1 << (64 - ADDRESS_BLOCK_BITS)).contains(&location.segment.0)
         && location.offset_bytes.is_multiple_of(8)
         && location.len_bytes.is_multiple_of(8)
         && (MIN_NODE_BYTES..=MAX_NODE_BYTES).contains(&location.len_bytes)

@@ -71,7 +71,7 @@ fn samples() -> Vec<(u8, u64, Vec<u8>)> {
         let mut inner = Inner::default();
         for child in 0..count {
             let location = NodeLocation {
-                segment: SegmentNumber(random.below(1 << 51)),
+                segment: SegmentNumber(1 + random.below((1 << 51) - 1)),
                 offset_bytes: 4096 + child as u32 * 64,
                 len_bytes: 56,
                 checksum: random.next() as u32,
