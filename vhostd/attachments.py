@@ -24,7 +24,7 @@ from typing import Any, NoReturn
 import msgspec
 import structlog
 
-from vhostd.config import ExportsConfig
+from vhostd.config import DEFAULT_QUEUES, MAX_QUEUES, ExportsConfig
 from vhostd.errors import (
     BusyError,
     DeviceError,
@@ -40,11 +40,8 @@ from vhostd.registry import AttachmentRecord, Registry
 from vhostd.storage.pool import Pool
 from vhostd.storage.volume import OpenVolume
 
-__all__ = ["DEFAULT_QUEUES", "MAX_QUEUES", "Attachment", "Attachments"]
+__all__ = ["Attachment", "Attachments"]
 
-MAX_QUEUES = 64
-DEFAULT_QUEUES = 64
-"""QEMU refuses a back-end with fewer queues than the guest has CPUs, and an idle queue is free."""
 TEMPORARY_WAIT_S = 60.0
 
 

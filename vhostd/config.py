@@ -48,8 +48,10 @@ from vhostd.errors import DeviceError, NotFoundError, UsageError
 from vhostd.storage.sizes import format_size, parse_size
 
 __all__ = [
+    "DEFAULT_QUEUES",
     "DEFAULT_RUNTIME_DIR",
     "DEFAULT_STATE_DIR",
+    "MAX_QUEUES",
     "ApiConfig",
     "Config",
     "EngineConfig",
@@ -59,6 +61,10 @@ __all__ = [
     "load_config",
     "parse_config",
 ]
+
+MAX_QUEUES = 64
+DEFAULT_QUEUES = 64
+"""QEMU refuses a back-end with fewer queues than the guest has CPUs, and an idle queue is free."""
 
 DEFAULT_STATE_DIR = "/var/lib/vhostd"
 DEFAULT_RUNTIME_DIR = "/run/vhostd"

@@ -16,7 +16,8 @@ from msgspec import Meta, Struct
 
 import vhostd
 from vhostd.api.server import MethodNotFoundError
-from vhostd.attachments import DEFAULT_QUEUES, MAX_QUEUES, Attachment
+from vhostd.attachments import Attachment
+from vhostd.config import DEFAULT_QUEUES, MAX_QUEUES
 from vhostd.daemon import Daemon
 from vhostd.errors import UsageError
 from vhostd.protocol.session import SessionInfo

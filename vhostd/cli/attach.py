@@ -7,7 +7,6 @@ from pathlib import Path
 
 import click
 
-from vhostd.attachments import DEFAULT_QUEUES, MAX_QUEUES
 from vhostd.cli.common import (
     State,
     checked_volume,
@@ -17,6 +16,7 @@ from vhostd.cli.common import (
     show_table,
     volume_argument,
 )
+from vhostd.config import DEFAULT_QUEUES, MAX_QUEUES
 from vhostd.errors import NotFoundError
 from vhostd.exports.qemu import qemu_arguments
 

@@ -12,7 +12,6 @@ import msgspec
 from vhostd.cli.common import State, common, complete_volume, pass_state, show_size
 from vhostd.errors import DamagedError
 from vhostd.storage.names import check_name, parse_volume
-from vhostd.storage.pool import is_pool
 
 __all__ = ["check"]
 
@@ -66,7 +65,10 @@ def _text(what: str, report: Any) -> str:
 
 
 def _locate(state: State, what: str) -> tuple[Path, str | None]:
-    if is_pool(Path(what)):
+    # Here, and not above: other commands start without it.
+    from vhostd.storage.pool import is_pool
+
+    if what.startswith(("/", ".")) or is_pool(Path(what)):
         return Path(what), None
     if "/" in what:
         name = parse_volume(what)

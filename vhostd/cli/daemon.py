@@ -10,9 +10,8 @@ import click
 import msgspec
 
 import vhostd as package
-from vhostd.attachments import DEFAULT_QUEUES, MAX_QUEUES
 from vhostd.cli.common import SIZE, run
-from vhostd.config import LogConfig, LogFormat, LogLevel, load_config
+from vhostd.config import DEFAULT_QUEUES, MAX_QUEUES, LogConfig, LogFormat, LogLevel, load_config
 from vhostd.logs import configure_logs
 from vhostd.service import DiskOptions, serve, serve_disk
 from vhostd.storage.names import check_name

@@ -16,15 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from vhostd.api.client import Client
 from vhostd.cli.common import (
@@ -254,6 +245,17 @@ def _progress(state: State, title: str, total_bytes: int) -> Iterator[Callable[[
     if state.as_json or not sys.stderr.isatty():
         yield lambda _: None
         return
+    # Here, and not above: it takes longer to load than most commands to run.
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
