@@ -381,3 +381,47 @@ fn a_full_file_system_fails_writes_and_heals_when_space_returns() {
         std::panic::resume_unwind(panic);
     }
 }
+
+#[test]
+fn maps_take_a_bounded_part_of_the_disk_however_many_checkpoints() {
+    let scratch = Scratch::new("clean");
+    let mut setup = Setup::small(scratch.staging());
+    setup.size_bytes = 1 << 40;
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let catalog = Catalog::new(setup.size_bytes);
+    let mut harness = Harness::open(&mut rig.io, &setup, catalog, &[]).unwrap();
+    let mut rng = Rng::new(seed() + 4);
+    // Leaves far apart, most of them cold: what stays live of old checkpoints is spread thin.
+    let place = |i: u64| i * (8 << 20);
+    for i in 0..400 {
+        let offset = place(i);
+        harness
+            .write(offset, &Model::stamped(offset, 65536, i + 1))
+            .unwrap();
+    }
+    let mut stamps: Vec<u64> = (1..=400).collect();
+    for round in 0..300 {
+        for _ in 0..20 {
+            let i = rng.below(400);
+            stamps[i as usize] = 1000 + round;
+            let data = Model::stamped(place(i), 65536, 1000 + round);
+            harness.write(place(i), &data).unwrap();
+        }
+        harness.checkpoint().unwrap();
+    }
+    let space = harness.volume.stats().space;
+    let live = space.live_node_bytes.div_ceil(4096);
+    assert!(
+        space.map_blocks <= 2 * live + 256 + 2 * 256,
+        "{} blocks of map segments for {live} live ones, seed {}",
+        space.map_blocks,
+        seed()
+    );
+    let catalog = harness.close().unwrap();
+    let listed = rig.list();
+    let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
+    for (i, stamp) in stamps.iter().enumerate() {
+        let offset = place(i as u64);
+        assert!(harness.read(offset, 65536).unwrap() == Model::stamped(offset, 65536, *stamp));
+    }
+}

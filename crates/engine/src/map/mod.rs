@@ -60,6 +60,7 @@ use checkpoint::Checkpoint;
 pub use checkpoint::CheckpointProgress;
 use inner::{FAN_OUT, FAN_OUT_BITS, Inner, Slot};
 use leaf::{LEAF_BITS, Leaf};
+pub use node::NodeHead;
 use slab::{Body, Slab, State};
 
 /// Blocks that one leaf covers: what [`Map::ensure_resident`] asks one node for.

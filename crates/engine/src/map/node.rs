@@ -7,7 +7,7 @@ use super::leaf::{Form, LEAF_BLOCKS, Leaf};
 use super::slab::Body;
 use super::{NodeLocation, ROOT_LEVEL, SegmentNumber};
 use crate::crc::crc32c;
-use crate::types::{ADDRESS_BLOCK_BITS, MAX_SEGMENT_BYTES};
+use crate::types::{ADDRESS_BLOCK_BITS, BlockNumber, MAX_SEGMENT_BYTES};
 
 const MAGIC: [u8; 4] = *b"VHMN";
 const VERSION: u16 = 1;
@@ -192,6 +192,35 @@ pub(super) fn get_node(
         return Err("its length does not fit its counts");
     }
     Ok(body)
+}
+
+/// What a node says of itself, for going through a map segment without a tree.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NodeHead {
+    pub level: u8,
+    pub first_block: BlockNumber,
+    pub len_bytes: u32,
+    pub checksum: u32,
+}
+
+impl NodeHead {
+    /// The head of the node whose bytes begin here, if one does. Nothing is verified but its form:
+    /// compare it with the tree.
+    #[must_use]
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        if bytes.len() < HEADER_BYTES || bytes[..4] != MAGIC {
+            return None;
+        }
+        let len_bytes = u32_at(bytes, 16);
+        let fits =
+            len_bytes.is_multiple_of(8) && (MIN_NODE_BYTES..=MAX_NODE_BYTES).contains(&len_bytes);
+        fits.then(|| Self {
+            level: bytes[6],
+            first_block: BlockNumber(u64_at(bytes, 8)),
+            len_bytes,
+            checksum: u32_at(bytes, CHECKSUM_AT),
+        })
+    }
 }
 
 fn checksum_of(bytes: &[u8]) -> u32 {

@@ -1,7 +1,8 @@
 //! Checkpoints, the removal of dead segments, and closing.
 //!
 //! ```text
-//!   Idle ─start─▶ Nodes ─all written─▶ Sync ─all synced─▶ WaitLog ─durable─▶ Ready
+//!   Idle ─start─▶ (Clean: sparse map segments) ─▶ freeze
+//!   freeze ─▶ Nodes ─all written─▶ Sync ─all synced─▶ WaitLog ─durable─▶ Ready
 //!                                                                              │ taken by policy
 //!   Idle ◀─committed: dead files go, nodes may be evicted──────────────── Committing
 //!   Idle ◀─failed: what was written counts as never written─────────────────────┘
@@ -16,6 +17,7 @@
 use std::collections::BTreeSet;
 use std::io;
 
+use super::clean::Cleaner;
 use super::{BLOCK, LogPosition, Now, SegmentRow, Volume, VolumeError, VolumeEvent, VolumeOp};
 use crate::io::{AlignedBuf, Io, Op};
 use crate::map::{CheckpointProgress, NodeLocation};
@@ -47,9 +49,22 @@ pub struct CheckpointResult {
 
 #[derive(Debug)]
 pub(super) enum CheckpointOp {
-    Create { segment: SegmentNumber },
-    Write { _buffer: AlignedBuf },
+    Create {
+        segment: SegmentNumber,
+    },
+    Write {
+        _buffer: AlignedBuf,
+    },
     Sync,
+    /// See [`super::clean`].
+    CleanChunk {
+        segment: SegmentNumber,
+        buffer: AlignedBuf,
+    },
+    CleanNode {
+        location: NodeLocation,
+        buffer: AlignedBuf,
+    },
 }
 
 /// The map segment that takes nodes.
@@ -94,6 +109,7 @@ struct Committing {
 
 #[derive(Debug, Default)]
 pub(super) struct Checkpoints {
+    cleaning: Option<Cleaner>,
     run: Option<Run>,
     ready: Option<Result<CheckpointResult, VolumeError>>,
     committing: Option<Committing>,
@@ -110,6 +126,10 @@ pub(super) struct Checkpoints {
 }
 
 impl Checkpoints {
+    fn is_running(&self) -> bool {
+        self.run.is_some() || self.cleaning.is_some()
+    }
+
     pub(super) fn new(committed: LogPosition, wanted_after_bytes: u64) -> Self {
         Self {
             committed,
@@ -122,12 +142,20 @@ impl Checkpoints {
 impl Volume {
     /// Starts a checkpoint; [`Self::take_checkpoint`] gives its result.
     pub fn start_checkpoint(&mut self) {
-        if self.checkpoints.run.is_some() || self.checkpoints.committing.is_some() {
+        if self.checkpoints.is_running() || self.checkpoints.committing.is_some() {
             self.checkpoints
                 .ready
                 .get_or_insert(Err(VolumeError::CheckpointRunning));
             return;
         }
+        if self.closing {
+            return self.freeze();
+        }
+        self.checkpoints.cleaning = Some(self.plan_cleaning());
+    }
+
+    /// Freezes the map at the log's end: what the checkpoint will hold.
+    fn freeze(&mut self) {
         let (position, flush_to) = match &mut self.log {
             Some(log) => {
                 let position = log.checkpoint_position();
@@ -197,6 +225,16 @@ impl Volume {
 
     /// Takes the checkpoint's next steps.
     pub(super) fn drive_checkpoint(&mut self, io: &mut dyn Io, now: Now) {
+        if let Some(mut cleaner) = self.checkpoints.cleaning.take() {
+            self.drive_cleaning(io, &mut cleaner);
+            if !cleaner.is_done() {
+                // More of what is at hand comes in the next turn.
+                self.turn_soon = !cleaner.is_reading();
+                self.checkpoints.cleaning = Some(cleaner);
+                return;
+            }
+            self.freeze();
+        }
         let Some(mut run) = self.checkpoints.run.take() else {
             return;
         };
@@ -371,6 +409,13 @@ impl Volume {
 
     pub(super) fn checkpoint_op_done(&mut self, op: CheckpointOp, result: io::Result<usize>) {
         let (what, segment) = match op {
+            CheckpointOp::CleanChunk { .. } | CheckpointOp::CleanNode { .. } => {
+                if let Some(mut cleaner) = self.checkpoints.cleaning.take() {
+                    self.cleaning_op_done(&mut cleaner, op, result);
+                    self.checkpoints.cleaning = Some(cleaner);
+                }
+                return;
+            }
             CheckpointOp::Create { segment } => {
                 if result.is_ok() {
                     let offset_bytes = BLOCK_BYTES as u32;
@@ -507,7 +552,7 @@ impl Volume {
             return;
         }
         if let Some(log) = &mut self.log {
-            if !log.closed() || self.checkpoints.run.is_some() {
+            if !log.closed() || self.checkpoints.is_running() || self.checkpoints.ready.is_some() {
                 return;
             }
             self.end = log.checkpoint_position();

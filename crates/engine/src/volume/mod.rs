@@ -13,6 +13,7 @@
 //!   it, and no read of it is in flight (6).
 
 mod checkpoint;
+mod clean;
 mod modify;
 mod open;
 mod read;
@@ -284,6 +285,8 @@ pub struct Volume {
 
     checkpoints: Checkpoints,
     closing: bool,
+    /// There is work left that nothing in flight will announce.
+    turn_soon: bool,
     /// Reads in flight by the order of their submission, for the removal of segments.
     reads_in_flight: std::collections::BTreeSet<u64>,
     next_read: u64,
@@ -561,6 +564,7 @@ impl Volume {
         }
         self.take_log_events();
         self.release_durable();
+        self.turn_soon = false;
         self.drive_checkpoint(io, now);
         self.drive_close(io);
         self.remove_dead(io);
@@ -629,7 +633,7 @@ impl Volume {
     /// When `advance` has something to do that no completion announces; monotonic.
     #[must_use]
     pub fn deadline_ns(&self) -> Option<u64> {
-        if !self.runnable.is_empty() {
+        if !self.runnable.is_empty() || self.turn_soon {
             return Some(0);
         }
         self.log.as_ref().and_then(Log::deadline_ns)

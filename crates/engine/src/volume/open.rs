@@ -118,6 +118,7 @@ pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), Vol
         finished: Vec::new(),
         checkpoints: Checkpoints::new(spec.checkpoint.position, spec.checkpoint_log_bytes),
         closing: false,
+        turn_soon: false,
         reads_in_flight: std::collections::BTreeSet::new(),
         next_read: 0,
         stats: VolumeStats::default(),

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use crate::map::{Displaced, NodeLocation};
 use crate::segment::SegmentKind;
-use crate::types::SegmentNumber;
+use crate::types::{BLOCK_BYTES, SegmentNumber};
 
 /// What the catalog keeps of a segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -124,6 +124,39 @@ impl SpaceTable {
             .filter(|row| row.number < before || row.used_blocks <= 1)
             .map(|row| row.number)
             .collect()
+    }
+
+    /// Sealed map segments worth emptying, emptiest first: none while nodes take less than twice what
+    /// is live (and a little), else those less than half live, with at most `most_live_bytes` together.
+    #[must_use]
+    pub fn sparse_map_segments(&self, most_live_bytes: u64) -> Vec<SegmentNumber> {
+        const LITTLE_BLOCKS: u64 = 256;
+        let totals = self.totals();
+        let live_blocks = totals.live_node_bytes.div_ceil(BLOCK_BYTES as u64);
+        if totals.map_blocks <= 2 * live_blocks + LITTLE_BLOCKS {
+            return Vec::new();
+        }
+        let mut sparse: Vec<&SegmentRow> = self
+            .rows
+            .values()
+            .filter(|row| row.kind == SegmentKind::Map && row.sealed)
+            .filter(|row| row.live * 2 < u64::from(row.used_blocks) * BLOCK_BYTES as u64)
+            .collect();
+        sparse.sort_by_key(|row| (row.live, row.number));
+        let mut left = most_live_bytes;
+        sparse
+            .into_iter()
+            .map_while(|row| {
+                left = left.checked_sub(row.live)?;
+                Some(row.number)
+            })
+            .collect()
+    }
+
+    /// Blocks written to a segment.
+    #[must_use]
+    pub fn used_blocks(&self, number: SegmentNumber) -> u32 {
+        self.rows.get(&number).map_or(0, |row| row.used_blocks)
     }
 
     pub fn remove(&mut self, number: SegmentNumber) {
