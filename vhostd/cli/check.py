@@ -2,48 +2,60 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import click
 import msgspec
 
 from vhostd.cli.common import State, common, complete_volume, pass_state, show_size
-from vhostd.errors import DamagedError
+from vhostd.cli.progress import progress_bar
+from vhostd.errors import DamagedError, NotFoundError
 from vhostd.storage.names import check_name, parse_volume
+
+if TYPE_CHECKING:
+    from vhostd.storage.check import CheckReport
 
 __all__ = ["check"]
 
 
 @click.command()
 @click.argument("what", metavar="POOL[/VOLUME]|DIR", shell_complete=complete_volume)
-@click.option("--data/--no-data", default=True, help="Read all data and check its checksums.")
+@click.option("--volume", help="Only this one, if DIR is given.")
+@click.option(
+    "--data/--no-data",
+    default=True,
+    show_default=True,
+    help="Read all data, and compare it with its checksums.",
+)
 @common
 @pass_state
-def check(state: State, what: str, data: bool) -> None:
+def check(state: State, what: str, volume: str | None, data: bool) -> None:
     """Read a pool, or one volume of it, and report what is damaged. Nothing is changed.
 
-    It reads the device by a program of its own, written from docs/format.md. Without a daemon, give
-    the pool's directory.
+    What reads is a program of its own, written from docs/format.md. Guests may go on. Without a
+    daemon, give the pool's directory.
 
     \b
     Examples:
       vhostctl check fast
       vhostctl check fast/web1
-      vhostctl check /srv/vhostd/fast
+      vhostctl check /srv/vhostd/fast --no-data
     """
-    path, volume = _locate(state, what)
-    checker: Any = importlib.import_module("vhostd.storage.check")
-    report = checker.check_device(path, volume=volume, data=data, progress=None)
+    # Here, and not above: other commands start without it.
+    from vhostd.storage.check import check_device
+
+    path, name = _locate(state, what, volume)
+    with progress_bar(state, f"check {what}") as progress:
+        report = check_device(path, volume=name, data=data, progress=progress)
     state.show(msgspec.to_builtins(report), lambda: _text(what, report))
     if not report.ok:
         raise DamagedError(
-            f"{what}: {report.errors} errors were found; do what the report says for each"
+            f"{what}: errors: {report.errors}; do what the report says for each of them"
         )
 
 
-def _text(what: str, report: Any) -> str:
+def _text(what: str, report: CheckReport) -> str:
     lines = []
     for finding in report.findings:
         where = "".join(
@@ -64,16 +76,17 @@ def _text(what: str, report: Any) -> str:
     return "\n".join(lines)
 
 
-def _locate(state: State, what: str) -> tuple[Path, str | None]:
-    # Here, and not above: other commands start without it.
-    from vhostd.storage.pool import is_pool
-
-    if what.startswith(("/", ".")) or is_pool(Path(what)):
-        return Path(what), None
+def _locate(state: State, what: str, volume: str | None) -> tuple[Path, str | None]:
+    """The directory, and the volume that is meant; asks the daemon only for the name of a pool."""
+    if what.startswith(("/", ".")) or (Path(what) / "superblock").exists():
+        return Path(what), volume
     if "/" in what:
         name = parse_volume(what)
         pool, volume = name.pool, name.volume
-        state.call("volume.info", volume=what)
     else:
-        pool, volume = check_name(what, "pool"), None
-    return Path(state.call("pool.info", pool=pool)["device"]), volume
+        pool = check_name(what, "pool")
+    # Not pool.info: a pool that could not be opened is listed too, and wants a check most.
+    for row in state.call("pool.list"):
+        if row["name"] == pool:
+            return Path(row["device"]), volume
+    raise NotFoundError(f"pool {pool} does not exist; `vhostctl pool list` shows those that do")

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from vhostd.cli.common import (
     show_size,
     volume_argument,
 )
+from vhostd.cli.progress import progress_bar
 from vhostd.errors import DeviceError, ExistsError, NotFoundError, UsageError, VhostdError
 from vhostd.transfer import copy as copying
 from vhostd.transfer import images
@@ -132,9 +132,8 @@ def _fill(
         else:
             served = stack.enter_context(images.served_image(file, kind, writable=False))
             reader = DiskReader(stack.enter_context(_disk(served)), str(file))
-        total_bytes = sum(extent.len_bytes for extent in extents)
-        advance = stack.enter_context(_progress(state, f"import {name}", total_bytes))
-        return copying.copy(reader, DiskWriter(target, f"volume {name}"), extents, advance)
+        progress = stack.enter_context(progress_bar(state, f"import {name}"))
+        return copying.copy(reader, DiskWriter(target, f"volume {name}"), extents, progress)
 
 
 @click.command()
@@ -197,9 +196,9 @@ def _drain(client: Client, state: State, name: str, part: Path, kind: str, size_
             images.create_image(part, kind, size_bytes)
             served = stack.enter_context(images.served_image(part, kind, writable=True))
             writer = DiskWriter(stack.enter_context(_disk(served)), str(part))
-        advance = stack.enter_context(_progress(state, f"export {name}", size_bytes))
+        progress = stack.enter_context(progress_bar(state, f"export {name}"))
         everything = [Extent(0, size_bytes)]
-        return copying.copy(DiskReader(source, f"volume {name}"), writer, everything, advance)
+        return copying.copy(DiskReader(source, f"volume {name}"), writer, everything, progress)
 
 
 def _appear(part: Path, file: Path) -> None:
@@ -237,32 +236,3 @@ def _disk(socket: Path) -> Iterator[copying.Disk]:
 
     with BlockDevice(socket) as disk:
         yield disk
-
-
-@contextmanager
-def _progress(state: State, title: str, total_bytes: int) -> Iterator[Callable[[int], None]]:
-    """A bar on the terminal, if there is one; a function to advance it."""
-    if state.as_json or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    # Here, and not above: it takes longer to load than most commands to run.
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(title, total=total_bytes)
-        yield lambda count_bytes: progress.advance(task, count_bytes)

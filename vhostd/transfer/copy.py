@@ -8,7 +8,7 @@ either end. One thread.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from errno import EINVAL, ENOSPC, ENXIO
 from pathlib import Path
@@ -79,21 +79,26 @@ class Writer(Protocol):
 
 
 def copy(
-    reader: Reader, writer: Writer, extents: Iterable[Extent], advance: Callable[[int], None]
+    reader: Reader,
+    writer: Writer,
+    extents: Sequence[Extent],
+    progress: Callable[[int, int], None],
 ) -> int:
     """Copies the extents; returns how many bytes were written.
 
-    advance: told how many bytes more were dealt with.
+    progress: told how many bytes were dealt with, and how many there are.
 
     Raises:
         DeviceError, NoSpaceError: an end failed; what was written stays.
     """
-    written_bytes = 0
+    total_bytes = sum(extent.len_bytes for extent in extents)
+    done_bytes = written_bytes = 0
     for offset_bytes, data in reader.read(extents):
         for start, end in data_runs(data):
             writer.write(offset_bytes + start, memoryview(data)[start:end])
             written_bytes += end - start
-        advance(len(data))
+        done_bytes += len(data)
+        progress(done_bytes, total_bytes)
     writer.finish()
     return written_bytes
 
