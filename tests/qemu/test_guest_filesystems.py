@@ -105,7 +105,15 @@ def test_fstrim_gives_space_back_to_the_host(
     vm.run("e2fsck -f -n /dev/vda")
     vm.power_off()
     backend.stop()
-    assert backend.allocated_bytes() < full_bytes - (150 << 20)
+    # Not all: vhostd gives back whole segments, and where metadata lies between, they have to stay.
+    assert backend.allocated_bytes() < full_bytes - (64 << 20)
+
+    backend.start()
+    vm = vm_factory([backend])
+    vm.run("blkdiscard /dev/vda && sync")
+    vm.power_off()
+    backend.stop()
+    assert backend.allocated_bytes() < 40 << 20
 
 
 @BACKENDS
@@ -153,5 +161,6 @@ def test_the_device_tells_the_guest_what_it_can_do(
         assert vm.output(f"cat {queue}/write_cache") == "write back"
     assert int(vm.output(f"cat {queue}/discard_max_bytes")) > 0
     assert int(vm.output(f"cat {queue}/write_zeroes_max_bytes")) > 0
-    vm.run("blkdiscard /dev/vda && blkdiscard -z -l 1M /dev/vda")
+    # By path, as busybox has a blkdiscard of its own that cannot write zeroes.
+    vm.run("/sbin/blkdiscard /dev/vda && /sbin/blkdiscard -z -l 1M /dev/vda")
     assert vm.output("dd if=/dev/vda bs=1M count=1 2>/dev/null | tr -d '\\0' | wc -c") == "0"
