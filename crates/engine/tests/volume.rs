@@ -364,6 +364,9 @@ fn a_full_file_system_fails_writes_and_heals_when_space_returns() {
             let wanted = Model::stamped(offset, (MIB / 2) as usize, stamp);
             assert!(harness.read(offset, (MIB / 2) as usize).unwrap() == wanted);
         }
+        harness
+            .checkpoint()
+            .expect("room for a checkpoint was kept");
         std::fs::remove_file(&ballast).unwrap();
         harness.clock_ns += 1_000_000_000;
         harness

@@ -54,6 +54,10 @@ pub struct DirectoryDevice {
     _lock: File,
 }
 
+/// Space that reservations leave alone (see [`DirectoryDevice::may_reserve`]); a sixteenth of a small
+/// file system.
+const HEADROOM_BYTES: u64 = 64 << 20;
+
 impl DirectoryDevice {
     /// Makes the existing, empty directory at `path` a device. A `lost+found` may be in it.
     ///
@@ -338,6 +342,15 @@ impl DirectoryDevice {
             stat.f_bavail.saturating_mul(stat.f_frsize),
             stat.f_blocks.saturating_mul(stat.f_frsize),
         ))
+    }
+
+    /// Whether `len_bytes` more may be taken for guests' data. The last of the space is kept for what
+    /// makes space again: without room for a checkpoint and the catalog, a full device could not even
+    /// drop its dead segments.
+    pub(crate) fn may_reserve(&self, len_bytes: u64) -> bool {
+        self.space().map_or(true, |(free, total)| {
+            free >= len_bytes.saturating_add(HEADROOM_BYTES.min(total / 16))
+        })
     }
 
     /// Replaces `Direct` by `Buffered` where there is no direct I/O.

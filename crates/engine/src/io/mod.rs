@@ -58,7 +58,8 @@ pub enum Op {
     /// existence are durable when it completes. Fails with `AlreadyExists` if it exists.
     Create { header: Box<AlignedBuf> },
     /// Allocates space for the byte range so that writes into it cannot fail for lack of space.
-    /// `StorageFull` when there is none; devices that cannot allocate ahead complete at once.
+    /// `StorageFull` when there is none, or only what is kept for checkpoints; devices that cannot
+    /// allocate ahead complete at once.
     Reserve { offset_bytes: u64, len_bytes: u64 },
     /// Gives the space of a byte range back (punches a hole); reads of it yield zeroes after.
     Release { offset_bytes: u64, len_bytes: u64 },

@@ -499,6 +499,11 @@ impl Io for UringIo {
                 (Work::Write { transfer, direct }, None)
             }
             Op::Sync => (Work::Sync { writes: 0 }, None),
+            Op::Reserve { len_bytes, .. } if !device.may_reserve(len_bytes) => {
+                let result = Err(io::Error::from_raw_os_error(libc::ENOSPC));
+                self.ready.push(Completion { token, result });
+                return;
+            }
             Op::Reserve {
                 offset_bytes,
                 len_bytes,
