@@ -62,7 +62,7 @@ class Daemon:
         self._failed_pools: dict[str, str] = {}
         self._change = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._checkpointing: set[UUID] = set()
+        self._checkpointing: dict[UUID, bool] = {}
         self._log = structlog.get_logger()
         self.attachments = self._make_attachments()
 
@@ -431,13 +431,18 @@ class Daemon:
         return [pool for pool in self._pools.values() if pool.device.index == index]
 
     async def _checkpoint(self, volume: OpenVolume) -> None:
+        # Wanted again while one is under way: that one does not cover what has come since.
         if volume.uuid in self._checkpointing:
+            self._checkpointing[volume.uuid] = True
             return
-        self._checkpointing.add(volume.uuid)
         try:
-            await self._report(asyncio.to_thread(volume.checkpoint), volume.name)
+            wanted = True
+            while wanted:
+                self._checkpointing[volume.uuid] = False
+                await self._report(asyncio.to_thread(volume.checkpoint), volume.name)
+                wanted = self._checkpointing[volume.uuid]
         finally:
-            self._checkpointing.discard(volume.uuid)
+            del self._checkpointing[volume.uuid]
 
     async def _checkpoint_forever(self) -> None:
         while True:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,34 @@ def test_wanted_checkpoint_is_committed(world: World) -> None:
         world.engine.volumes[volume.uuid].write(9)
         world.engine.tell(kind="checkpoint-wanted", volume=volume.uuid.bytes)
         await until(lambda: pool.catalog.checkpoint(volume.uuid).state["sequence"] == 9)
+
+    world.run(body)
+
+
+def test_checkpoint_wanted_during_one_is_made_after_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        [volume] = daemon.pool("fast").open_volumes()
+        running, go_on = threading.Event(), threading.Event()
+        calls: list[int] = []
+
+        def slow(*, if_needed: bool = False) -> bool:
+            calls.append(1)
+            running.set()
+            return go_on.wait(10)
+
+        monkeypatch.setattr(volume, "checkpoint", slow)
+        event = {"kind": "checkpoint-wanted", "volume": volume.uuid.bytes}
+        world.engine.tell(**event)
+        await asyncio.to_thread(running.wait, 10)
+        world.engine.tell(**event)
+        world.engine.tell(**event)
+        await until(lambda: not world.engine.events)
+        assert len(calls) == 1
+        go_on.set()
+        await until(lambda: len(calls) == 2 and not daemon._checkpointing)
 
     world.run(body)
 
