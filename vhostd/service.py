@@ -70,7 +70,7 @@ def serve_disk(config: Config, options: DiskOptions) -> bool:
             name, socket=socket_path, queues=options.queues, read_only=options.read_only
         )
         _say(f"ready: {socket_path}")
-        arguments = qemu_arguments(socket_path)
+        arguments = qemu_arguments([socket_path])
         pairs = [" ".join(arguments[i : i + 2]) for i in range(0, len(arguments), 2)]
         _say("QEMU arguments for this disk (choose the memory to your liking):")
         _say("  " + " \\\n  ".join(pairs))

@@ -11,6 +11,7 @@ from vhostd.cli.common import (
     State,
     checked_volume,
     common,
+    complete_volume,
     pass_state,
     show_size,
     show_table,
@@ -146,20 +147,27 @@ def sessions(state: State) -> None:
 
 
 @click.command("qemu-args")
-@volume_argument
+@click.argument(
+    "volumes", metavar="POOL/VOLUME...", nargs=-1, required=True, shell_complete=complete_volume
+)
 @click.option("--memory", default="4G", show_default=True, help="Of the guest; it must be shared.")
-@click.option("--boot", is_flag=True, help="Boot from this disk.")
+@click.option("--boot", is_flag=True, help="Boot from the first.")
 @common
 @pass_state
-def qemu_args(state: State, volume: str, memory: str, boot: bool) -> None:
-    """Print the QEMU arguments for an attached volume.
+def qemu_args(state: State, volumes: tuple[str, ...], memory: str, boot: bool) -> None:
+    """Print the QEMU arguments for attached volumes.
 
     \b
     Example:
       eval qemu-system-x86_64 -accel kvm $(vhostctl qemu-args fast/web1 --boot)
     """
-    found = state.call("volume.info", volume=checked_volume(volume))["attachments"]
-    if not found:
-        raise NotFoundError(f"volume {volume} is not attached; `vhostctl attach {volume}` first")
-    arguments = qemu_arguments(found[0]["socket"], memory=memory, boot=boot)
+    sockets = []
+    for volume in map(checked_volume, volumes):
+        found = state.call("volume.info", volume=volume)["attachments"]
+        if not found:
+            raise NotFoundError(
+                f"volume {volume} is not attached; `vhostctl attach {volume}` first"
+            )
+        sockets.append(found[0]["socket"])
+    arguments = qemu_arguments(sockets, memory=memory, boot=boot)
     state.show(arguments, shlex.join(arguments))
