@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import select
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -21,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from vhostd.api.client import Client
 from vhostd.virtqueue.block import BlockDevice
 from vhostd.virtqueue.frontend import Frontend
 
@@ -78,9 +81,15 @@ class Backend(ABC):
     def is_alive(self) -> bool:
         return self.pid is not None
 
-    def fd_count(self) -> int:
-        """How many descriptors the process has open."""
-        return len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
+    def open_files(self) -> list[str]:
+        """What the descriptors of the process are, sorted; without the log's segments, which the
+        engine opens and closes as it likes (and within bounds)."""
+        found = []
+        for fd in Path(f"/proc/{self.pid}/fd").iterdir():
+            # It may be closed meanwhile.
+            with contextlib.suppress(OSError):
+                found.append(str(fd.readlink()))
+        return sorted(re.sub(r"\d{3,}", "N", name) for name in found if "/segments" not in name)
 
     def log_tail(self) -> str:
         return ""
@@ -112,6 +121,10 @@ class ProcessBackend(Backend):
         super().__init__(path, spec)
         self.directory = directory
         self._log = directory / "log"
+        self.neighbour = directory / "n"
+        """Of those that serve a second disk in the same process: its socket."""
+        self.fewest_open_files: list[str] | None = None
+        """At the start of any hostile test so far: the session before may still be closing then."""
         self._process = self._start()
 
     @abstractmethod
@@ -163,23 +176,26 @@ class ProcessBackend(Backend):
             shutil.copyfileobj(output, log)
 
 
+def vhostd_executable() -> str:
+    """Of the environment the tests run in, or what VHOSTD names."""
+    beside = Path(sys.executable).with_name("vhostd")
+    found = os.environ.get("VHOSTD") or (str(beside) if beside.exists() else shutil.which("vhostd"))
+    if found is None:
+        raise BackendMissingError(
+            f"there is no vhostd beside {sys.executable} nor on the PATH; install the project "
+            "(`make develop`), or set VHOSTD, or choose others with --backends"
+        )
+    return found
+
+
 class VhostdBackend(ProcessBackend):
-    """`vhostd disk`, from the environment the tests run in."""
+    """`vhostd disk`."""
 
     kind = "vhostd"
 
     def _start(self) -> subprocess.Popen[bytes]:
-        beside = Path(sys.executable).with_name("vhostd")
-        executable = os.environ.get("VHOSTD") or (
-            str(beside) if beside.exists() else shutil.which("vhostd")
-        )
-        if executable is None:
-            raise BackendMissingError(
-                f"there is no vhostd beside {sys.executable} nor on the PATH; install the project "
-                "(`make develop`), or set VHOSTD, or choose others with --backends"
-            )
         spec = self.spec
-        disk = [executable, "disk", str(self.directory / "disk")]
+        disk = [vhostd_executable(), "disk", str(self.directory / "disk")]
         options = ["--size", str(spec.size_bytes), "--socket", str(self.path)]
         options += ["--queues", str(spec.queues)]
         options += ["--logical-block-size", str(spec.block_bytes)]
@@ -192,6 +208,32 @@ class VhostdBackend(ProcessBackend):
         return self._spawn([*disk, *options])
 
 
+class VhostdServeBackend(ProcessBackend):
+    """`vhostd serve` with two volumes of one pool, attached; the second is the neighbour's."""
+
+    kind = "vhostd"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        directory = self.directory
+        config = directory / "config.toml"
+        api = directory / "api"
+        config.write_text(
+            f'state_dir = "{directory}/state"\n'
+            f'runtime_dir = "{directory}/run"\n'
+            f'[engine]\nstaging_dir = "/dev/shm/vhostd-test-{os.getpid()}"\n'
+            f'[api]\nsocket = "{api}"\n'
+        )
+        process = self._spawn([vhostd_executable(), "serve", "--config", str(config)])
+        with Client(api) as client:
+            client.call("pool.create", pool="pool", device=str(directory / "pool"))
+            for name, path in (("target", self.path), ("neighbour", self.neighbour)):
+                volume = f"pool/{name}"
+                client.call("volume.create", volume=volume, size_bytes=self.spec.size_bytes)
+                queues = self.spec.queues
+                client.call("attach", volume=volume, socket=str(path), queues=queues)
+        return process
+
+
 class ReferenceBackend(ProcessBackend):
     """vhostd's protocol code over the readable device side: `reference_backend`."""
 
@@ -202,6 +244,7 @@ class ReferenceBackend(ProcessBackend):
         command = [sys.executable, "-m", "tests.protocol.reference_backend"]
         command += ["--socket", str(self.path), "--size", str(spec.size_bytes)]
         command += ["--queues", str(spec.queues), "--block", str(spec.block_bytes)]
+        command += ["--neighbour", str(self.neighbour)]
         return self._spawn([*command, *(["--read-only"] if spec.read_only else [])])
 
 
@@ -237,6 +280,10 @@ class QsdBackend(ProcessBackend):
             return subprocess.Popen(command, stdout=log, stderr=log, pass_fds=[listener.fileno()])
 
 
+WITH_NEIGHBOUR: dict[str, type[ProcessBackend]] = {
+    "vhostd": VhostdServeBackend,
+    "reference": ReferenceBackend,
+}
 KINDS: dict[str, type[ProcessBackend]] = {
     "vhostd": VhostdBackend,
     "qsd": QsdBackend,
@@ -250,25 +297,28 @@ class BackendCache:
     def __init__(self, directory: Path, socket_path: Path | None) -> None:
         self._directory = directory
         self._socket_path = socket_path
-        self._running: dict[tuple[str, DiskSpec], Backend] = {}
-        self._count = 0
+        self._running: dict[tuple[type[Backend], DiskSpec], Backend] = {}
+        self._missing: dict[type[Backend], BackendMissingError] = {}
 
-    def get(self, kind: str, spec: DiskSpec) -> Backend:
+    def get(self, kind: str, spec: DiskSpec, *, neighbour: bool = False) -> Backend:
         """A running one; a new one if the last has died."""
-        found = self._running.get((kind, spec))
-        if found is None or not found.is_alive():
-            found = self._running[kind, spec] = self.make(kind, spec)
-        return found
-
-    def make(self, kind: str, spec: DiskSpec) -> Backend:
-        """A new one, which the caller stops."""
         if kind == "socket":
             assert self._socket_path is not None
             return SocketBackend(self._socket_path, spec)
-        self._count += 1
-        directory = self._directory / f"{kind}{self._count}"
-        directory.mkdir()
-        return KINDS[kind](directory / "s", spec, directory)
+        made_by = (WITH_NEIGHBOUR if neighbour else KINDS)[kind]
+        found = self._running.get((made_by, spec))
+        if found is not None and found.is_alive():
+            return found
+        if made_by in self._missing:
+            raise self._missing[made_by]
+        directory = Path(tempfile.mkdtemp(prefix=kind[0], dir=self._directory))
+        try:
+            found = self._running[made_by, spec] = made_by(directory / "s", spec, directory)
+        except BackendMissingError as error:
+            # It will not start for the next test either, which should not wait for that.
+            self._missing[made_by] = error
+            raise
+        return found
 
     def stop(self) -> None:
         with contextlib.ExitStack() as stack:

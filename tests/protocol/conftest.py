@@ -2,7 +2,7 @@
 
 `backend` runs a test once for each kind; `ours` only for what is built of this project's protocol
 code (vhostd, and the reference device behind the same code): for what others do not do, which the
-test says; `vhostd` only for vhostd itself.
+test says; `target` likewise, for hostile tests; `vhostd_target` only for vhostd itself.
 """
 
 from __future__ import annotations
@@ -12,15 +12,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.protocol.backends import KINDS, Backend, BackendCache, BackendMissingError, DiskSpec
+from tests.protocol.backends import (
+    KINDS,
+    Backend,
+    BackendCache,
+    BackendMissingError,
+    DiskSpec,
+    ProcessBackend,
+)
+from tests.protocol.helpers import NeighbourLoad, check_io, poll_until
 
 Factory = Callable[..., Backend]
 
-_DEFAULT_KINDS = "vhostd,qsd,reference"
+ALL_FILES = [""] * 1_000_000
+"""Longer than any list of open files."""
 _BY_FIXTURE = {
     "backend": ("vhostd", "qsd", "reference"),
     "ours": ("vhostd", "reference"),
-    "vhostd": ("vhostd",),
+    "vhostd_target": ("vhostd",),
+    "target": ("vhostd", "reference"),
 }
 
 
@@ -54,11 +64,11 @@ def backend_cache(
     cache.stop()
 
 
-def _running(cache: BackendCache, kind: str, spec: DiskSpec) -> Backend:
+def _running(cache: BackendCache, kind: str, spec: DiskSpec, *, neighbour: bool = False) -> Backend:
     if kind == "socket" and spec != DiskSpec():
         pytest.skip("the disk at --backend-socket is what it is; this test needs another")
     try:
-        return cache.get(kind, spec)
+        return cache.get(kind, spec, neighbour=neighbour)
     except BackendMissingError as error:
         if kind == "qsd":
             pytest.skip(str(error))
@@ -74,7 +84,36 @@ def backend(request: pytest.FixtureRequest, backend_cache: BackendCache) -> Iter
 
 
 ours = backend
-vhostd = backend
+
+
+@pytest.fixture
+def target(request: pytest.FixtureRequest, backend_cache: BackendCache) -> Iterator[Backend]:
+    """A victim for hostile tests. Another disk of the same daemon is used meanwhile, and must
+    neither stop nor go wrong; and the daemon must live, with no descriptor more than before."""
+    found = _running(backend_cache, request.param, DiskSpec(), neighbour=True)
+    assert found.is_alive()
+    if not isinstance(found, ProcessBackend):
+        yield found
+        return
+    with NeighbourLoad(found.neighbour) as load:
+        # Whatever the first session leaves open for good.
+        with found.device() as device:
+            check_io(device, "warm up")
+        load.await_progress()
+        before = min(found.open_files(), found.fewest_open_files or ALL_FILES, key=len)
+        found.fewest_open_files = before
+        yield found
+        assert found.is_alive(), f"{found.kind} died:\n{found.log_tail()}"
+        load.await_progress()
+        poll_until(
+            lambda: len(found.open_files()) <= len(before),
+            lambda: f"closing all descriptors but {before} (there are {found.open_files()})",
+        )
+        with found.device() as device:
+            check_io(device, "afterwards")
+
+
+vhostd_target = target
 
 
 @pytest.fixture

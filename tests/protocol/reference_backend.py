@@ -1,7 +1,7 @@
 """A back-end of vhostd's protocol code over the readable device side, as a process.
 
     python -m tests.protocol.reference_backend --socket PATH [--size BYTES] [--block 512|4096]
-        [--queues N] [--read-only]
+        [--queues N] [--read-only] [--neighbour PATH]
 
 It keeps the disk in memory and does each request at once: a second opinion for the suite, and a
 way to try a front-end without the engine. Not for guests that truncate their memory (SIGBUS).
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import functools
 import logging
 import mmap
 import os
@@ -309,25 +310,32 @@ def _close(fd: int | None) -> None:
 
 
 async def _run(options: argparse.Namespace) -> None:
-    disk = ReferenceDisk(options.size, options.block, options.read_only)
-    server = ExportServer(
-        options.socket,
-        name="reference/disk",
-        open_device=lambda: ReferenceDevice(disk, options.queues),
-        queues=options.queues,
-    )
-    await server.start()
+    servers = []
+    for path in (options.socket, options.neighbour):
+        if path is None:
+            continue
+        disk = ReferenceDisk(options.size, options.block, options.read_only)
+        server = ExportServer(
+            path,
+            name=f"reference/{path.name}",
+            open_device=functools.partial(ReferenceDevice, disk, options.queues),
+            queues=options.queues,
+        )
+        await server.start()
+        servers.append(server)
     stopped = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     print(f"ready: {options.socket}", flush=True)
     await stopped.wait()
-    await server.stop()
+    for server in servers:
+        await server.stop()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="A vhost-user-blk back-end in plain Python.")
     parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--neighbour", type=Path, help="socket of a second disk")
     parser.add_argument("--size", type=int, default=64 << 20, help="bytes")
     parser.add_argument("--block", type=int, choices=(512, 4096), default=512)
     parser.add_argument("--queues", type=int, default=4)

@@ -418,21 +418,27 @@ class BlockDevice:
         """Shows what was submitted with `kick=False`; returns whether the device was notified."""
         return self.queues[queue].publish(kick=kick)
 
-    def reap(self, *, minimum: int = 1, timeout_s: float | None = None) -> list[Completion]:
+    def reap(
+        self, *, minimum: int = 1, timeout_s: float | None = None, queue: int | None = None
+    ) -> list[Completion]:
         """What has completed; waits until that is at least `minimum` (or all that is in flight).
+
+        `queue`: look at that one only.
 
         Raises UnavailableError if that takes longer than `timeout_s`, or the back-end goes away;
         what had completed by then is lost to the caller.
         """
         found: list[Completion] = []
-        minimum = min(minimum, self.in_flight)
+        chosen = range(len(self.queues)) if queue is None else (queue,)
+        queues = [self.queues[at] for at in chosen]
+        minimum = min(minimum, sum(len(self._requests[at]) for at in chosen))
         limit_s = self.timeout_s if timeout_s is None else timeout_s
         deadline = time.monotonic() + limit_s
         lost_fd = self._connected().fileno()
         while True:
             left_s = deadline - time.monotonic() if len(found) < minimum else 0
-            used = wait_for_used(self.queues, max(0.0, left_s), lost_fd=lost_fd)
-            for at, elements in enumerate(used):
+            used = wait_for_used(queues, max(0.0, left_s), lost_fd=lost_fd)
+            for at, elements in zip(chosen, used, strict=True):
                 for head, used_bytes in elements:
                     found.append(self._complete(self._requests[at].pop(head), used_bytes))
             if len(found) >= minimum:

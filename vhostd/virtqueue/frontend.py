@@ -87,9 +87,13 @@ class Frontend:
         self.protocol_features = 0
         self.max_queues = 1
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.socket.settimeout(timeout_s)
+        # A blocking connect waits for room in the backlog; one with a time-out of Python's does not.
+        whole_s = int(timeout_s)
+        limit = struct.pack("@ll", whole_s, int((timeout_s - whole_s) * 1e6))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
         try:
             self.socket.connect(self.path)
+            self.socket.settimeout(timeout_s)
         except FileNotFoundError as error:
             self.socket.close()
             raise NotFoundError(
