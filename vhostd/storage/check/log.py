@@ -344,8 +344,13 @@ class LogCheck:
         self, segment: _Segment, at: int, block: bytes, error: FormatError, found: int | None
     ) -> None:
         """The log ends here, or is damaged here."""
+        # In a segment that is covered whole, the end of its records is covered too: nothing there
+        # looks like a record.
         if at < segment.covered_blocks and (
-            segment.covered_blocks < MAX_SEGMENT_BLOCKS or not self._is_end(segment, at)
+            segment.covered_blocks < MAX_SEGMENT_BLOCKS
+            or found is not None
+            or block[:4] == b"VHRC"
+            or not self._is_end(segment, at)
         ):
             self._error(
                 segment,
@@ -543,7 +548,11 @@ class LogCheck:
                 f"records end at block {segment.end_blocks}, and the catalog has "
                 f"{row.used_blocks} blocks in use",
             )
-        elif segment.covered_blocks == MAX_SEGMENT_BLOCKS and segment.end_blocks > row.used_blocks:
+        elif (
+            segment.covered_blocks == MAX_SEGMENT_BLOCKS
+            and row.sealed
+            and segment.end_blocks > row.used_blocks
+        ):
             self._findings.add(
                 "warning",
                 "used-blocks-differ",
@@ -604,6 +613,17 @@ class LogCheck:
         if row is None:
             return  # seen in the directory and gone since: of a volume in use
         path = str(self._files.path(number))
+        if number > self._checkpoint.segment and not row.sealed and row.live == 0:
+            self._findings.add(
+                "note",
+                "segment-removed",
+                f"log segment {number} is in the catalog and its file is not there: recovery "
+                "removed it, or will find its records missing",
+                "nothing: the next checkpoint tells the catalog",
+                file=path,
+                segment=number,
+            )
+            return
         self._findings.add(
             "error",
             "segment-missing",

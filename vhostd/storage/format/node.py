@@ -267,7 +267,7 @@ def _join(
         if (
             block + count > LEAF_BLOCKS
             or difference == unmapped
-            or not 0 < segment <= MAX_SEGMENT_NUMBER
+            or not 0 < segment < MAX_SEGMENT_NUMBER
             or offset_blocks == 0
             or offset_blocks + count > MAX_SEGMENT_BLOCKS
         ):
