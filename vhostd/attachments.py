@@ -225,21 +225,28 @@ class Attachments:
         for attachment in self.of(pool, old):
             await self._record(attachment, volume=new)
 
-    async def stop(self) -> None:
-        """Ends all sessions and closes all volumes; the registry keeps what was attached."""
+    async def stop(self) -> bool:
+        """Ends all sessions and closes all volumes; the registry keeps what was attached.
+
+        False: a volume could not be closed cleanly.
+        """
         for task in list(self._tasks):
             task.cancel()
+        stopped = self.all()
         results = await asyncio.gather(
-            *(self._stop(a, "the daemon is stopping") for a in self.all()), return_exceptions=True
+            *(self._stop(a, "the daemon is stopping") for a in stopped), return_exceptions=True
         )
-        for attachment, result in zip(self.all(), results, strict=True):
+        clean = True
+        for attachment, result in zip(stopped, results, strict=True):
             if isinstance(result, BaseException):
+                clean = False
                 self._log.error(
                     "volume could not be closed cleanly; its next opening recovers it",
                     volume=attachment.name,
                     error=str(result),
                 )
         self._by_socket.clear()
+        return clean
 
     # One attachment
 

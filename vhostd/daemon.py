@@ -24,7 +24,14 @@ import structlog
 
 from vhostd.attachments import Attachment, Attachments
 from vhostd.config import Config
-from vhostd.errors import BusyError, ExistsError, NotFoundError, UnavailableError, VhostdError
+from vhostd.errors import (
+    BusyError,
+    DeviceError,
+    ExistsError,
+    NotFoundError,
+    UnavailableError,
+    VhostdError,
+)
 from vhostd.lockfile import LockFile
 from vhostd.protocol.session import EndKind
 from vhostd.registry import PoolRecord, Registry
@@ -100,7 +107,7 @@ class Daemon:
         try:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
-            raise UnavailableError(
+            raise DeviceError(
                 f"state directory {state_dir} cannot be made: {error.strerror}; make it, or set "
                 "state_dir in the configuration"
             ) from error
@@ -114,17 +121,16 @@ class Daemon:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
-            await self.attachments.stop()
-            errors = []
+            clean = await self.attachments.stop()
             for pool in self._pools.values():
-                errors += await asyncio.to_thread(pool.close)
+                clean = not await asyncio.to_thread(pool.close) and clean
             self._pools.clear()
             asyncio.get_running_loop().remove_reader(self._engine.event_fd())
             await asyncio.to_thread(self._engine.shutdown)
             if self._lock_file is not None:
                 self._lock_file.release()
-        self._log.info("stopped", clean=not errors)
-        return not errors
+        self._log.info("stopped", clean=clean)
+        return clean
 
     # Pools
 

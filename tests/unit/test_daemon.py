@@ -37,6 +37,7 @@ class World:
         self.device = root / "device"
         self.engine = FakeEngine()
         self.daemon: Daemon
+        self.clean = False
 
     def run(self, body: Callable[[Daemon], Awaitable[None]]) -> None:
         """One life of a daemon."""
@@ -49,7 +50,7 @@ class World:
                 async with asyncio.timeout(20):
                     await body(self.daemon)
             finally:
-                await self.daemon.stop()
+                self.clean = await self.daemon.stop()
 
         asyncio.run(main())
 
@@ -192,6 +193,23 @@ def test_restart_restores_pools_and_attachments_on_their_sockets(world: World) -
     world.run(first)
     assert not Path(sockets[0]).exists()
     world.run(second)
+
+
+def test_stop_that_could_not_close_a_volume_says_so(world: World) -> None:
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        [volume] = daemon.pool("fast").open_volumes()
+        engine = world.engine.volumes[volume.uuid]
+        engine.write()
+        engine.fail_next = DeviceError("the disk is on fire")
+
+    async def nothing(_: Daemon) -> None:
+        pass
+
+    world.run(body)
+    assert not world.clean
+    world.run(nothing)
+    assert world.clean
 
 
 def test_detached_volume_is_not_attached_again(world: World) -> None:
