@@ -121,7 +121,7 @@ def test_pool_that_was_closed_cleanly_has_no_findings(store: Store) -> None:
     assert report.summary.data_blocks_read > mapped_blocks
 
 
-def test_pool_in_use_has_no_findings_between_and_during_checkpoints(store: Store) -> None:
+def test_pool_in_use_has_no_findings_with_and_without_a_fresh_checkpoint(store: Store) -> None:
     opened, volume = store.open()
     for step in range(6):
         store.churn(volume, 60)
