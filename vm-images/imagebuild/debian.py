@@ -15,12 +15,11 @@ import subprocess
 from pathlib import Path
 
 from .cache import RECIPES, cache_dir
-from .packages import BuildError, log, run
+from .packages import BuildError, log, mirrors, run
 
 __all__ = ["build"]
 
 SUITE = "bookworm"
-MIRROR = "http://deb.debian.org/debian"
 INCLUDE = (
     "systemd-sysv", "udev", "kmod", "initramfs-tools", "zstd", "linux-base", "ca-certificates",
     "python3-minimal", "perl", "xz-utils", "file",
@@ -80,7 +79,7 @@ def build(result: Path) -> None:
     log("making the file system and the boot sectors")
     _make_disk(root, disk)
     packages = run("chroot", root, "dpkg-query", "-W", "-f", "${Package} ${Version}\\n")
-    manifest = {"suite": SUITE, "mirror": MIRROR, "packages": packages.splitlines()}
+    manifest = {"suite": SUITE, "packages": packages.splitlines()}
     (result / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n")
 
 
@@ -88,9 +87,11 @@ def _bootstrap(root: Path) -> None:
     packages = cache_dir() / "debs"
     packages.mkdir(parents=True, exist_ok=True)
     log(f"bootstrapping Debian {SUITE} (some minutes)")
+    # Elsewhere than on this release of Debian, debootstrap knows a mirror by itself.
+    mirror = [found] if (found := mirrors().get(SUITE)) else []
     run(
         "debootstrap", "--variant=minbase", f"--cache-dir={packages}",
-        f"--include={','.join(INCLUDE)}", SUITE, root, MIRROR,
+        f"--include={','.join(INCLUDE)}", SUITE, root, *mirror,
     )  # fmt: skip
 
 
@@ -103,11 +104,9 @@ def _configure(root: Path) -> None:
     _write(root / "etc/hostname", "vhostd-guest\n")
     _write(root / "etc/hosts", "127.0.0.1 localhost vhostd-guest\n")
     _write(root / "etc/fstab", f"LABEL={LABEL} / ext4 errors=remount-ro 0 1\n")
-    _write(
-        root / "etc/apt/sources.list",
-        f"deb {MIRROR} {SUITE} main\n"
-        f"deb http://deb.debian.org/debian-security {SUITE}-security main\n",
-    )
+    if security := mirrors().get(f"{SUITE}-security"):
+        with (root / "etc/apt/sources.list").open("a") as sources:
+            sources.write(f"deb {security} {SUITE}-security main\n")
     # The initrd needs to find one disk; everything else it would carry is only slow to unpack.
     _write(
         root / "etc/initramfs-tools/conf.d/vhostd.conf",

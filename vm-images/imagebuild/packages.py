@@ -21,6 +21,7 @@ __all__ = [
     "kernel_package",
     "library_packages",
     "log",
+    "mirrors",
     "modules_with_dependencies",
     "run",
 ]
@@ -51,6 +52,18 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-25:])
         raise BuildError(f"'{' '.join(words)}' ended with {done.returncode}:\n{tail}")
     return done.stdout
+
+
+def mirrors() -> dict[str, str]:
+    """Where this machine's apt takes each release from, as its sources say."""
+    targets = run(
+        "apt-get", "indextargets", "--format", "$(REPO_URI) $(RELEASE)", "Created-By: Packages"
+    )
+    found: dict[str, str] = {}
+    for line in targets.splitlines():
+        uri, _, release = line.partition(" ")
+        found.setdefault(release, uri)
+    return found
 
 
 def depends(packages: Iterable[str]) -> list[str]:
