@@ -285,6 +285,36 @@ impl Drop for Staging {
     }
 }
 
+/// An opening that dies before it has a staging ring of its own: right after its epoch was committed,
+/// or with all that recovery does done.
+fn interrupted_opening(
+    rng: &mut Rng,
+    setup: &Setup,
+    disk: SimDisk,
+    mut catalog: Catalog,
+) -> Result<(SimDisk, Catalog), String> {
+    if rng.chance(2) {
+        catalog.epoch = catalog.epoch.plus(1 + rng.below(2));
+        return Ok((disk, catalog));
+    }
+    let staged = std::fs::read(&setup.staging_path).ok();
+    let mut io = SimIo::new(rng.next());
+    io.add_device(DeviceId(0), disk.clone());
+    let harness = Harness::open(&mut io, setup, catalog, &disk.list())
+        .map_err(|error| format!("opening: {error}"))?;
+    catalog = harness.catalog.clone();
+    let volume = harness.volume;
+    let after = disk.kill(rng.next());
+    drop(io);
+    drop(volume);
+    match staged {
+        Some(staged) => std::fs::write(&setup.staging_path, staged),
+        None => std::fs::remove_file(&setup.staging_path),
+    }
+    .map_err(|error| format!("putting the staging file back: {error}"))?;
+    Ok((after, catalog))
+}
+
 /// Runs one seed: a few lives of a volume, each ended by a crash. Returns how many crashes.
 fn simulate(seed: u64, scratch: &Path) -> Result<u64, String> {
     let staging = Staging(scratch.join(format!("staging-{seed}")));
@@ -340,6 +370,10 @@ fn simulate(seed: u64, scratch: &Path) -> Result<u64, String> {
             let _ = std::fs::remove_file(&staging.0);
         }
         disk = after;
+        if simulation.rng.chance(3) {
+            (disk, catalog) = interrupted_opening(&mut simulation.rng, &setup, disk, catalog)
+                .map_err(|what| format!("life {life}: interrupted opening: {what}"))?;
+        }
         // What is there now?
         let mut io = SimIo::new(seed ^ life ^ 0xff);
         io.add_device(DeviceId(0), disk.clone());

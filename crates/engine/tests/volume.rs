@@ -201,6 +201,62 @@ fn acknowledged_writes_survive_the_death_of_the_daemon() {
 }
 
 #[test]
+fn a_staging_file_that_comes_back_late_harms_nothing() {
+    let scratch = Scratch::new("late");
+    let mut setup = Setup::small(scratch.staging());
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let mut catalog = Catalog::new(setup.size_bytes);
+    let (mut model, mut rng) = (Model::default(), Rng::new(seed() + 3));
+    let early = scratch.0.join("early");
+    for (round, path) in [
+        scratch.staging(),
+        scratch.0.join("other"),
+        scratch.staging(),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        setup.staging_path = path;
+        if round == 2 {
+            // As it was when the first daemon died: it has staged writes that nobody drained.
+            std::fs::copy(&early, &setup.staging_path).unwrap();
+        }
+        let listed = rig.list();
+        let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
+        if round == 0 {
+            // Not flushed, and staged only: gone with the file, and gone for good.
+            for stamp in 0..40 {
+                let at = rng.below(200) * 4096;
+                let data = Model::stamped(at, 8192, 1000 + stamp);
+                harness.write(at, &data).unwrap();
+            }
+        } else {
+            if round == 2 {
+                check(&mut harness, &model, seed());
+            }
+            model = Model::default();
+            for block in 0..256 {
+                model.write(block * 4096, 4096, 10 * round as u64 + 1);
+                let data = model.bytes(block * 4096, 4096);
+                harness.write(block * 4096, &data).unwrap();
+            }
+            harness.flush().unwrap();
+            check(&mut harness, &model, seed());
+        }
+        catalog = harness.catalog.clone();
+        drop(harness);
+        drop(rig);
+        if round == 0 {
+            std::fs::rename(&setup.staging_path, &early).unwrap();
+        }
+        rig = Rig::open(&scratch.0.join("device"));
+    }
+    let listed = rig.list();
+    let mut harness = Harness::open(&mut rig.io, &setup, catalog, &listed).unwrap();
+    check(&mut harness, &model, seed());
+}
+
+#[test]
 fn flushed_writes_survive_the_loss_of_the_staging_memory() {
     let scratch = Scratch::new("power");
     let setup = Setup::small(scratch.staging());

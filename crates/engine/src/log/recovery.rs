@@ -1,7 +1,8 @@
 //! Recovery: what of a log is there after its writer died, and making that its end for good.
 //!
 //! 1. What a dead daemon left in its staging ring is written to the segments (idempotent: dying here
-//!    and starting again does the same).
+//!    and starting again does the same). Segments that have a footer are left as they are: either it
+//!    covers what is staged, or the log went on without that, which then is of an opening long past.
 //! 2. The segments from the checkpoint on are read in order. A valid footer speaks for its segment;
 //!    without one, records are read one by one, data checksums included. The log ends at the first
 //!    record that is not valid: what is applied is a prefix.
@@ -21,8 +22,7 @@ use super::{BLOCK, LogConfig, StagedLog, StagingIdentity};
 use crate::crc::crc32c;
 use crate::io::{AlignedBuf, BlockingIo, Op};
 use crate::segment::{
-    FooterBuilder, FormatError, Record, RecordSummary, SegmentHeader, SegmentKind, TRAILER_BYTES,
-    Trailer,
+    FooterBuilder, Record, RecordSummary, SegmentHeader, SegmentKind, TRAILER_BYTES, Trailer,
 };
 use crate::types::{BLOCK_BYTES, Epoch, SegmentNumber, Sequence};
 
@@ -98,7 +98,8 @@ pub struct Recovery {
 #[derive(Clone, Debug)]
 pub struct RecoveryInput<'a> {
     pub config: &'a LogConfig,
-    /// The epoch of the opening before this one.
+    /// The epoch of the opening before this one. It, and others before it, may have died before they
+    /// had a staging ring: what is staged may be of an older one.
     pub previous_epoch: Epoch,
     pub checkpoint: LogPosition,
     /// Log segments that may hold records after the checkpoint or lack a footer, ascending.
@@ -275,12 +276,31 @@ fn drain_staging(
     if input.read_only && !staged.pieces.is_empty() {
         return Err(RecoveryError::NeedsWriting);
     }
+    let mut gone = None;
     for piece in &staged.pieces {
+        match read_footer(io, config, piece.segment) {
+            Ok(Footer::Whole(..)) => continue,
+            Ok(Footer::Torn(_) | Footer::Missing) => {}
+            // The log went on without it: recovery removed it, while the staging file was away.
+            Err(RecoveryError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => {
+                gone = Some(piece.segment);
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
         // SAFETY: `staged` lives until `write` has returned, which is when the operation has ended.
         let buf = unsafe { staged.io_buf(piece) };
         io.write(piece.segment, piece.offset_bytes, buf)
             .map_err(failed("writing staged data to", piece.segment))?;
         recovery.staged_bytes += piece.len as u64;
+    }
+    if let Some(segment) = gone {
+        let aside = path.with_extension("stale");
+        std::fs::rename(path, &aside).map_err(staging_failed)?;
+        recovery.warnings.push(format!(
+            "staged writes for segment {segment}, which is not there, are left out; kept as {}",
+            aside.display()
+        ));
     }
     // The same segments are unsealed, so `seal` syncs them before their footers.
     Ok(())
@@ -296,32 +316,20 @@ fn read_segment(
     warnings: &mut Vec<String>,
 ) -> Result<Option<Contents>, RecoveryError> {
     let config = input.config;
-    let mut promised = None;
-    let (trailer_block, got) = io
-        .read(
-            number,
-            config.segment_bytes - TRAILER_BYTES as u64,
-            TRAILER_BYTES,
-        )
-        .map_err(failed("reading", number))?;
-    if got == TRAILER_BYTES
-        && let Ok(trailer) = Trailer::parse(&trailer_block, config.segment_bytes)
-        && (trailer.pool, trailer.volume, trailer.segment) == (config.pool, config.volume, number)
-    {
-        match read_footer(io, number, &trailer)? {
-            Ok(records) => {
-                return Ok(Some(Contents {
-                    sealed: true,
-                    epoch: trailer.epoch,
-                    previous_checksum: trailer.previous_checksum,
-                    records,
-                    incomplete: false,
-                }));
-            }
-            // Torn by a crash, perhaps: its records will tell.
-            Err(_) => promised = Some(trailer.last_sequence),
+    let promised = match read_footer(io, config, number)? {
+        Footer::Whole(trailer, records) => {
+            return Ok(Some(Contents {
+                sealed: true,
+                epoch: trailer.epoch,
+                previous_checksum: trailer.previous_checksum,
+                records,
+                incomplete: false,
+            }));
         }
-    }
+        // Torn by a crash, perhaps: its records will tell.
+        Footer::Torn(trailer) => Some(trailer.last_sequence),
+        Footer::Missing => None,
+    };
     let (block, got) = io
         .read(number, 0, BLOCK_BYTES)
         .map_err(failed("reading", number))?;
@@ -383,16 +391,40 @@ fn read_segment(
     Ok(Some(scan.contents))
 }
 
+/// What stands at a segment's end.
+enum Footer {
+    Missing,
+    /// A trailer, with a body that is not its own.
+    Torn(Trailer),
+    Whole(Trailer, Vec<RecordSummary>),
+}
+
 fn read_footer(
     io: &mut BlockingIo<'_>,
+    config: &LogConfig,
     number: SegmentNumber,
-    trailer: &Trailer,
-) -> Result<Result<Vec<RecordSummary>, FormatError>, RecoveryError> {
+) -> Result<Footer, RecoveryError> {
+    let offset_bytes = config.segment_bytes - TRAILER_BYTES as u64;
+    let (block, got) = io
+        .read(number, offset_bytes, TRAILER_BYTES)
+        .map_err(failed("reading", number))?;
+    let ours = (config.pool, config.volume, number);
+    let trailer = match Trailer::parse(&block, config.segment_bytes) {
+        Ok(trailer)
+            if got == TRAILER_BYTES && (trailer.pool, trailer.volume, trailer.segment) == ours =>
+        {
+            trailer
+        }
+        _ => return Ok(Footer::Missing),
+    };
     let len = trailer.body_bytes as usize;
     let (body, got) = io
         .read(number, u64::from(trailer.body_offset), len.max(1))
         .map_err(failed("reading", number))?;
-    Ok(trailer.parse_body(&body[..got.min(len)]))
+    Ok(match trailer.parse_body(&body[..got.min(len)]) {
+        Ok(records) => Footer::Whole(trailer, records),
+        Err(_) => Footer::Torn(trailer),
+    })
 }
 
 /// Reads records one by one until one is not valid.

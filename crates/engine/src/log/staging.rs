@@ -347,9 +347,12 @@ impl StagedLog {
     ///
     /// Doing this again, after dying half-way, gives the same result.
     ///
+    /// `identity.epoch` is that of the last opening. The file may be of an older one: openings since
+    /// then died before they made a file of their own, which replaces this one.
+    ///
     /// # Errors
     /// `InvalidData` if the file is not a staging file of `identity`; what the file system says.
-    pub fn open(path: &Path, identity: StagingIdentity) -> io::Result<Option<Self>> {
+    pub fn open(path: &Path, mut identity: StagingIdentity) -> io::Result<Option<Self>> {
         let file = match OpenOptions::new().read(true).write(true).open(path) {
             Ok(file) => file,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
@@ -373,9 +376,13 @@ impl StagedLog {
         if control[8..24] != identity.pool.0 || control[24..40] != identity.volume.0 {
             return Err(invalid("it belongs to another volume"));
         }
-        if mapping.u64_at(EPOCH_AT).load(Ordering::Acquire) != identity.epoch.0 {
-            return Err(invalid("it was left by another opening of the volume"));
+        let epoch = Epoch(mapping.u64_at(EPOCH_AT).load(Ordering::Acquire));
+        if epoch > identity.epoch {
+            return Err(invalid(
+                "it was left by an opening that the catalog knows nothing of",
+            ));
         }
+        identity.epoch = epoch;
         if mapping.u64_at(RING_BYTES_AT).load(Ordering::Acquire) != ring_bytes {
             return Err(invalid("its ring has another length than it says"));
         }
