@@ -23,15 +23,17 @@ __all__ = ["check"]
 @click.argument("what", metavar="POOL[/VOLUME]|DIR", shell_complete=complete_volume)
 @click.option("--volume", help="Only this one, if DIR is given.")
 @click.option(
-    "--data/--no-data",
-    default=True,
-    show_default=True,
-    help="Read all data, and compare it with its checksums.",
+    "--data",
+    is_flag=True,
+    help="Also read all data, and compare it with its checksums.",
 )
 @common
 @pass_state
 def check(state: State, what: str, volume: str | None, data: bool) -> None:
     """Read a pool, or one volume of it, and report what is damaged. Nothing is changed.
+
+    Records, footers, maps and the catalog are compared with each other; the guests' data only with
+    --data, which takes as long as reading all of it.
 
     What reads is a program of its own, written from docs/format.md. Guests may go on. Without a
     daemon, give the pool's directory.
@@ -40,7 +42,7 @@ def check(state: State, what: str, volume: str | None, data: bool) -> None:
     Examples:
       vhostctl check fast
       vhostctl check fast/web1
-      vhostctl check /srv/vhostd/fast --no-data
+      vhostctl check /srv/vhostd/fast --data
     """
     # Here, and not above: other commands start without it.
     from vhostd.storage.check import check_device
