@@ -116,6 +116,11 @@ pub enum AppendError {
 pub enum LogEvent {
     /// A new segment takes records from now on.
     Opened(SegmentNumber),
+    /// A segment is full, and takes no more records.
+    Retired {
+        segment: SegmentNumber,
+        end_blocks: u32,
+    },
     /// A segment is sealed, its footer durable.
     Sealed {
         segment: SegmentNumber,

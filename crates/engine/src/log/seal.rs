@@ -31,6 +31,10 @@ impl Log {
             self.config.epoch,
             self.config.segment_bytes,
         );
+        self.events.push(LogEvent::Retired {
+            segment: active.segment,
+            end_blocks: self.last.end_blocks,
+        });
         self.sealing.push_back(Sealing {
             segment: active.segment,
             end: self.tail,

@@ -498,6 +498,9 @@ impl Volume {
 
     /// Removes files of dead segments when no read that could see them is in flight.
     pub(super) fn remove_dead(&mut self, io: &mut dyn Io) {
+        if self.checkpoints.removals.is_empty() {
+            return;
+        }
         let oldest = self.reads_in_flight.first().copied().unwrap_or(u64::MAX);
         let (now, later): (Vec<_>, Vec<_>) = std::mem::take(&mut self.checkpoints.removals)
             .into_iter()

@@ -596,6 +596,13 @@ impl Volume {
                 LogEvent::Opened(number) => {
                     self.space.add(number, crate::segment::SegmentKind::Log)
                 }
+                LogEvent::Retired {
+                    segment,
+                    end_blocks,
+                } => {
+                    self.space
+                        .update(segment, |row| row.used_blocks = end_blocks);
+                }
                 LogEvent::Sealed {
                     segment,
                     end_blocks,
