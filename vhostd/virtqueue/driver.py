@@ -313,6 +313,14 @@ class SplitDriver:
     def available_index(self) -> int:
         return self._available[1]
 
+    def available_entry(self, slot: int) -> int:
+        return self._available[2 + slot]
+
+    def set_used_event(self, index: int) -> None:
+        """Asks for a call when the element of this index is used, or without EVENT_IDX for any."""
+        self._available[self.layout.used_event_offset // 2] = index & 0xFFFF
+        fence()
+
     @property
     def used_index(self) -> int:
         """As the device has stored it."""

@@ -87,7 +87,7 @@ class Frontend:
         self.protocol_features = 0
         self.max_queues = 1
         self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        # A blocking connect waits for room in the backlog; one with a time-out of Python's does not.
+        # A blocking connect waits for room in the backlog; with Python's time-out it does not.
         whole_s = int(timeout_s)
         limit = struct.pack("@ll", whole_s, int((timeout_s - whole_s) * 1e6))
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)

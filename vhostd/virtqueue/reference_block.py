@@ -38,6 +38,19 @@ class ReferenceDisk:
     def __post_init__(self) -> None:
         self.data = bytearray(self.size_bytes)
 
+    # The medium. Ranges were checked.
+
+    def load(self, offset_bytes: int, len_bytes: int) -> bytes:
+        return bytes(self.data[offset_bytes : offset_bytes + len_bytes])
+
+    def store(self, offset_bytes: int, data: bytes) -> None:
+        self.data[offset_bytes : offset_bytes + len(data)] = data
+
+    def zero(self, offset_bytes: int, len_bytes: int) -> None:
+        self.data[offset_bytes : offset_bytes + len_bytes] = bytes(len_bytes)
+
+    # Requests
+
     def handle(self, memory: DeviceMemory, chain: Chain) -> int:
         """Carries out a chain; returns the length for the used ring."""
         status, filled, total = self.judge(memory, chain)
@@ -65,7 +78,7 @@ class ReferenceDisk:
             if not self._transfer_ok(sector, room):
                 return BlockStatus.IOERR, 0, room
             start = sector * SECTOR_BYTES
-            self._scatter(memory, chain, bytes(self.data[start : start + room]))
+            self._scatter(memory, chain, self.load(start, room))
             return BlockStatus.OK, room, room
         if kind == BlockRequest.GET_ID:
             identity = self.serial.ljust(ID_BYTES, b"\0")[: min(room, ID_BYTES)]
@@ -84,7 +97,7 @@ class ReferenceDisk:
             if not self._transfer_ok(sector, len(out)):
                 return BlockStatus.IOERR
             start = sector * SECTOR_BYTES
-            self.data[start : start + len(out)] = out
+            self.store(start, out)
             return BlockStatus.OK
         return self._unmap(out, _UNMAP if kind == BlockRequest.WRITE_ZEROES else 0)
 
@@ -103,8 +116,7 @@ class ReferenceDisk:
         if outside:
             return BlockStatus.IOERR
         for sector, sectors, _flags in _EXTENT.iter_unpack(out):
-            start, length = sector * SECTOR_BYTES, sectors * SECTOR_BYTES
-            self.data[start : start + length] = bytes(length)
+            self.zero(sector * SECTOR_BYTES, sectors * SECTOR_BYTES)
         return BlockStatus.OK
 
     def _transfer_ok(self, sector: int, len_bytes: int) -> bool:
