@@ -211,7 +211,7 @@ def _size(size: Size) -> int:
 # Key, lowest, highest, and whether only powers of 2 are possible.
 _SIZE_LIMITS: tuple[tuple[str, int, int, bool], ...] = (
     ("map_cache", 1 << 20, 1 << 40, False),
-    ("staging", 8 << 20, 16 << 30, True),
+    ("staging", 8 << 20, 1 << 30, True),
     ("checkpoint_log", 1 << 20, 1 << 40, False),
 )
 
