@@ -200,6 +200,19 @@ class Rig:
             disk.socket, queues=self.settings.queues, features=features, memory_bytes=32 << 20
         )
 
+    def work(self, disk: Disk, *, budget_bytes: int, may_fail: bool = False) -> None:
+        """Load that ends by itself."""
+        with self.connect(disk) as device:
+            workload = Workload(
+                device,
+                disk.model,
+                self.choices,
+                budget_bytes=budget_bytes,
+                counts=disk.counts,
+                may_fail=may_fail,
+            )
+            assert not workload.run(), "the daemon went away"
+
     # Ends
 
     def load(

@@ -27,6 +27,7 @@ class Counts:
 
     requests: int = 0
     completed: int = 0
+    failed: int = 0
     in_flight_at_kill: int = 0
     written_bytes: int = 0
     flushes: int = 0
@@ -47,6 +48,8 @@ class Workload:
 
     Args:
         budget_bytes: after so much was written it ends by itself.
+        may_fail: whether changes may end in IOERR; a change that did may have happened.
+            Reads and flushes must always succeed.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class Workload:
         depth: int = 24,
         budget_bytes: int = 24 << 20,
         counts: Counts | None = None,
+        may_fail: bool = False,
     ) -> None:
+        self._may_fail = may_fail
         self.device = device
         self.model = model
         self.depth = depth
@@ -97,6 +102,10 @@ class Workload:
         done = self.device.reap(minimum=minimum)
         for completion in done:
             what = self._pending.pop(completion.token)
+            if completion.status == BlockStatus.IOERR and self._may_fail:
+                assert isinstance(what, Change), f"{what} failed"
+                self.counts.failed += 1
+                continue
             assert completion.status == BlockStatus.OK, f"{what}: status {completion.status}"
             if isinstance(what, Change):
                 self.model.finish(what)
