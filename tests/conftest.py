@@ -1,4 +1,4 @@
-"""Options of the test suites; each suite's fixtures are in its own folder."""
+"""Options and fixtures of all test suites; each suite's own are in its folder."""
 
 from __future__ import annotations
 
@@ -27,3 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_report_header(config: pytest.Config) -> str:
     return f"seed: {config.getoption('--seed')} (repeat with --seed)"
+
+
+@pytest.fixture(scope="session")
+def seed(request: pytest.FixtureRequest) -> int:
+    """Of every random choice in this run; `--seed` repeats one. It is in the report's header."""
+    return int(request.config.getoption("--seed"))

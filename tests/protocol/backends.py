@@ -189,13 +189,28 @@ def vhostd_executable() -> str:
 
 
 class VhostdBackend(ProcessBackend):
-    """`vhostd disk`."""
+    """`vhostd disk`, with a staging directory of its own."""
 
     kind = "vhostd"
+
+    def __init__(self, path: Path, spec: DiskSpec, directory: Path) -> None:
+        self.config = directory / "config.toml"
+        self._staging = Path(tempfile.mkdtemp(prefix="vhostd-test", dir="/dev/shm"))
+        self.config.write_text(
+            f'state_dir = "{directory}/state"\n'
+            f'runtime_dir = "{directory}/run"\n'
+            f'[engine]\nstaging_dir = "{self._staging}"\n'
+        )
+        super().__init__(path, spec, directory)
+
+    def stop(self) -> None:
+        super().stop()
+        shutil.rmtree(self._staging)
 
     def _start(self) -> subprocess.Popen[bytes]:
         spec = self.spec
         disk = [vhostd_executable(), "disk", str(self.directory / "disk")]
+        disk += ["--config", str(self.config)]
         options = ["--size", str(spec.size_bytes), "--socket", str(self.path)]
         options += ["--queues", str(spec.queues)]
         options += ["--logical-block-size", str(spec.block_bytes)]
@@ -208,24 +223,13 @@ class VhostdBackend(ProcessBackend):
         return self._spawn([*disk, *options])
 
 
-class VhostdServeBackend(ProcessBackend):
+class VhostdServeBackend(VhostdBackend):
     """`vhostd serve` with two volumes of one pool, attached; the second is the neighbour's."""
 
-    kind = "vhostd"
-
     def _start(self) -> subprocess.Popen[bytes]:
-        directory = self.directory
-        config = directory / "config.toml"
-        api = directory / "api"
-        config.write_text(
-            f'state_dir = "{directory}/state"\n'
-            f'runtime_dir = "{directory}/run"\n'
-            f'[engine]\nstaging_dir = "/dev/shm/vhostd-test-{os.getpid()}"\n'
-            f'[api]\nsocket = "{api}"\n'
-        )
-        process = self._spawn([vhostd_executable(), "serve", "--config", str(config)])
-        with Client(api) as client:
-            client.call("pool.create", pool="pool", device=str(directory / "pool"))
+        process = self._spawn([vhostd_executable(), "serve", "--config", str(self.config)])
+        with Client(self.directory / "run" / "vhostd.sock") as client:
+            client.call("pool.create", pool="pool", device=str(self.directory / "pool"))
             for name, path in (("target", self.path), ("neighbour", self.neighbour)):
                 volume = f"pool/{name}"
                 client.call("volume.create", volume=volume, size_bytes=self.spec.size_bytes)

@@ -122,9 +122,3 @@ def backend_with(request: pytest.FixtureRequest, backend_cache: BackendCache) ->
     name = next(name for name in _BY_FIXTURE if name in request.fixturenames)
     kind = request.getfixturevalue(name).kind
     return lambda **spec: _running(backend_cache, kind, DiskSpec(**spec))
-
-
-@pytest.fixture(scope="session")
-def seed(request: pytest.FixtureRequest) -> int:
-    """Of every random choice in this run; `--seed` repeats one. It is in the report's header."""
-    return int(request.config.getoption("--seed"))
