@@ -9,8 +9,8 @@ connection. What must hold:
 - where it says that the ring breaks, the error descriptor is signalled, and where not, it is not;
 - nothing hangs.
 
-Where a batch lets the device write over what it reads (descriptors, headers, the ring), only the
-last is asked. Belongs to one thread.
+Where a batch lets the device write over what it reads (descriptors, headers, the rings of all
+queues), only the last is asked, of all batches that run with it. Belongs to one thread.
 """
 
 from __future__ import annotations
@@ -164,6 +164,11 @@ class RingFuzzer:
         batches = []
         for at, queue in enumerate(device.queues):
             batches.append(self._batch(queue, at))
+        if not all(batch.checked for batch in batches):
+            # What one lets the device overwrite may be the others' descriptors.
+            self.unchecked += len(batches)
+            for batch in batches:
+                batch.checked = False
         for batch in batches:
             batch.queue.kick()
         for at, batch in enumerate(batches):
@@ -342,8 +347,6 @@ class RingFuzzer:
             statuses.append((address + length - 1, int(status)))
             written += chain.writable
             batch.checked = batch.checked and self._is_apart(chain)
-        if not batch.checked:
-            self.unchecked += 1
         # A status byte that other chains write too says nothing.
         for at, value in statuses:
             if sum(address <= at < address + length for address, length in written) == 1:
