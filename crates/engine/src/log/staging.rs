@@ -16,7 +16,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::ptr::{self, NonNull};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
@@ -177,17 +177,12 @@ impl Staging {
                 "the staging ring must be a power of two between 1 MiB and 1 GiB",
             ));
         }
-        if let Some(parent) = path.parent() {
-            fs::create_dir_all(parent)?;
-        }
         let draft = path.with_extension("new");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&draft)?;
+        let file = match create_private(&draft) {
+            // The pool's directory went with its last volume, just now.
+            Err(error) if error.kind() == ErrorKind::NotFound => create_private(&draft)?,
+            created => created?,
+        };
         file.set_len(CONTROL_BYTES as u64 + ring_bytes)?;
         allocate(&file, 0, CONTROL_BYTES as u64)?;
         let mut control = [0u8; CONTROL_BYTES];
@@ -309,8 +304,30 @@ impl Staging {
     /// # Errors
     /// What the file system says.
     pub fn remove(self) -> io::Result<()> {
-        fs::remove_file(&self.path)
+        fs::remove_file(&self.path)?;
+        if let Some(parent) = self.path.parent() {
+            // The pool's directory goes with its last volume; with others in it, it stays.
+            let _ = fs::remove_dir(parent);
+        }
+        Ok(())
     }
+}
+
+/// Makes a file, and its directories, for this user only.
+fn create_private(path: &Path) -> io::Result<File> {
+    if let Some(parent) = path.parent() {
+        fs::DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(parent)?;
+    }
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(path)
 }
 
 fn allocate(file: &File, offset: u64, len: u64) -> io::Result<()> {
