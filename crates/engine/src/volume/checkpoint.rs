@@ -24,6 +24,8 @@ use crate::map::{CheckpointProgress, NodeLocation};
 use crate::segment::{SegmentHeader, SegmentKind};
 use crate::types::{BLOCK_BYTES, SegmentNumber};
 
+/// After a failed checkpoint the next one is asked for this much later.
+const RETRY_NS: u64 = 5_000_000_000;
 /// Bytes of nodes written in one operation.
 const BATCH_BYTES: u32 = 256 << 10;
 
@@ -119,6 +121,8 @@ pub(super) struct Checkpoints {
     committed: LogPosition,
     committed_log_bytes: u64,
     wanted: bool,
+    /// After a failure: when it makes sense to try again.
+    not_before_ns: u64,
     pub(super) wanted_after_bytes: u64,
     /// Files to be removed when reads with a serial up to this one have ended.
     removals: Vec<(SegmentNumber, u64)>,
@@ -251,6 +255,7 @@ impl Volume {
                 self.map.abort_checkpoint();
                 self.space.changed_again(&run.changed);
                 self.checkpoints.wanted = false;
+                self.checkpoints.not_before_ns = now.monotonic_ns + RETRY_NS;
                 self.checkpoints.ready = Some(Err(error));
             }
             failed => {
@@ -511,16 +516,24 @@ impl Volume {
         }
     }
 
+    /// When writes that wait for a checkpoint should have one tried again; monotonic.
+    pub(super) fn checkpoint_retry_ns(&self) -> Option<u64> {
+        let at = self.checkpoints.not_before_ns;
+        (at > 0 && !self.checkpoints.wanted && self.map_is_full()).then_some(at)
+    }
+
     pub(super) fn log_bytes_since_checkpoint(&self) -> u64 {
         let tail = self.log.as_ref().map_or(0, |log| log.tail());
         tail.saturating_sub(self.checkpoints.committed_log_bytes)
     }
 
     /// Reports once that a checkpoint is due: by bytes of log, or by memory of unwritten nodes.
-    pub(super) fn want_checkpoint_if_due(&mut self, map_share_bytes: usize) {
+    pub(super) fn want_checkpoint_if_due(&mut self, map_share_bytes: usize, now: Now) {
         let due = self.log_bytes_since_checkpoint() >= self.checkpoints.wanted_after_bytes
             || self.map.dirty_bytes() > map_share_bytes / 2;
-        if due && !self.checkpoints.wanted && !self.closing {
+        let failed = self.log.as_ref().is_none_or(|log| log.failure().is_some());
+        let waits = now.monotonic_ns < self.checkpoints.not_before_ns;
+        if due && !self.checkpoints.wanted && !self.closing && !failed && !waits {
             self.checkpoints.wanted = true;
             self.events.push(VolumeEvent::CheckpointWanted);
         }
@@ -550,7 +563,7 @@ impl Volume {
             && self.checkpoints.removals.is_empty()
     }
 
-    pub(super) fn drive_close(&mut self, io: &mut dyn Io) {
+    pub(super) fn drive_close(&mut self, io: &mut dyn Io, now: Now) {
         if !self.closing || self.checkpoints.closed.is_some() {
             return;
         }
@@ -580,7 +593,7 @@ impl Volume {
             self.retire_map_segment();
             self.checkpoints.ready = None;
             self.start_checkpoint();
-            self.drive_checkpoint(io, Now::default());
+            self.drive_checkpoint(io, now);
         }
         if let Some(result) = self.checkpoints.ready.take() {
             self.checkpoints.closed = Some(result.map(Some));

@@ -566,9 +566,9 @@ impl Volume {
         self.release_durable();
         self.turn_soon = false;
         self.drive_checkpoint(io, now);
-        self.drive_close(io);
+        self.drive_close(io, now);
         self.remove_dead(io);
-        self.keep_map_in_budget();
+        self.keep_map_in_budget(now);
     }
 
     /// Runs the writes that waited for the log, oldest first, until one has to wait again.
@@ -623,13 +623,13 @@ impl Volume {
         self.log_events = log_events;
     }
 
-    fn keep_map_in_budget(&mut self) {
+    fn keep_map_in_budget(&mut self, now: Now) {
         let share = self.map_share.bytes();
         if self.map.memory_bytes() > share {
             // A little lower than the share, so that eviction comes in batches.
             self.map.evict(share - share / 16);
         }
-        self.want_checkpoint_if_due(share);
+        self.want_checkpoint_if_due(share, now);
     }
 
     /// Whether unwritten nodes fill the map's memory: writes wait for a checkpoint then.
@@ -643,7 +643,8 @@ impl Volume {
         if !self.runnable.is_empty() || self.turn_soon {
             return Some(0);
         }
-        self.log.as_ref().and_then(Log::deadline_ns)
+        let log = self.log.as_ref().and_then(Log::deadline_ns);
+        log.into_iter().chain(self.checkpoint_retry_ns()).min()
     }
 
     pub fn take_finished(&mut self, out: &mut Vec<Finished>) {
