@@ -194,7 +194,7 @@ class RingFuzzer:
         end = start + count
         if rng.random() < 0.01:
             end = start + rng.choice([QUEUE_SIZE + 1, 0x8000, 0xFFFF, rng.randrange(1 << 16)])
-        batch = self._foresee(queue, start, end & 0xFFFF)
+        batch = self._foresee(queue, at, start, end & 0xFFFF)
         queue.store_available_index(end & 0xFFFF)
         return batch
 
@@ -315,7 +315,7 @@ class RingFuzzer:
 
     # Judging
 
-    def _foresee(self, queue: SplitDriver, start: int, end: int) -> _Batch:
+    def _foresee(self, queue: SplitDriver, at: int, start: int, end: int) -> _Batch:
         batch = _Batch(queue, queue.used_index)
         ring = ReferenceRing(
             self._shadow,
@@ -346,21 +346,27 @@ class RingFuzzer:
             address, length = chain.writable[-1]
             statuses.append((address + length - 1, int(status)))
             written += chain.writable
-            batch.checked = batch.checked and self._is_apart(chain)
+            batch.checked = batch.checked and self._is_apart(chain, self._pools[at])
         # A status byte that other chains write too says nothing.
-        for at, value in statuses:
-            if sum(address <= at < address + length for address, length in written) == 1:
-                batch.statuses.append((at, value))
+        for address, value in statuses:
+            if sum(start <= address < start + length for start, length in written) == 1:
+                batch.statuses.append((address, value))
         return batch
 
-    def _is_apart(self, chain: Chain) -> bool:
-        """Whether the device writes only where it does not read, and reads only the other part."""
+    @staticmethod
+    def _is_apart(chain: Chain, pool_at: int) -> bool:
+        """Whether the device writes only where it does not read, and reads only what stays as it
+        was when it was foreseen: the batch's own slots, but for the statuses at their ends."""
         for address, length in chain.writable:
             in_sink = address >= SINK_AT and address + length <= SINK_AT + SINK_BYTES
             is_status = length == 1 and address % SLOT_BYTES == SLOT_BYTES - 1
             if not in_sink and not is_status:
                 return False
-        return all(address < SINK_AT for address, _ in chain.readable)
+        return all(
+            pool_at <= address < pool_at + CHAINS * SLOT_BYTES
+            and address % SLOT_BYTES + length < SLOT_BYTES
+            for address, length in chain.readable
+        )
 
     # Waiting
 
