@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -21,6 +22,8 @@ def open_fds() -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def no_descriptor_leaks() -> Iterator[None]:
+    # Garbage of earlier tests would give its numbers to what is opened here.
+    gc.collect()
     before = open_fds()
     yield
     after = open_fds()

@@ -12,6 +12,7 @@ where they begin; a failure names the seed of its one case.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import random
@@ -191,6 +192,8 @@ def test_random_sequences_end_with_a_reason_and_leave_nothing(
     kinds: set[EndKind] = set()
 
     async def run() -> None:
+        # Garbage of earlier tests would close its descriptors in the middle.
+        gc.collect()
         before = open_fds()
         for seed in range(FIRST_SEED, FIRST_SEED + CASES):
             repeat = f"repeat with VHOSTD_FUZZ_SEED={seed} VHOSTD_FUZZ_CASES=1"
