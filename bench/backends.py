@@ -181,7 +181,10 @@ class Vhostd(Backend):
     """vhostd's one-disk form, on a directory."""
 
     name = "vhostd"
-    page_cache = "bypassed (O_DIRECT); recent writes are read from its staging ring in memory"
+    page_cache = (
+        "writes bypass it (O_DIRECT); reads go through it, and find it cold; recent writes are "
+        "read from the staging ring in memory"
+    )
 
     def __init__(self, command: str | None = None) -> None:
         beside_python = Path(sys.executable).parent / "vhostd"
