@@ -114,7 +114,7 @@ class RingFuzzer:
         self._rng = random.Random(seed)
         self.cases = 0
         self.broken = 0
-        self.unchecked = 0
+        self.unjudged = 0
         self._rounds = 0
 
     def run(self, cases: int, *, report: Callable[[str], None] = lambda _: None) -> None:
@@ -137,10 +137,7 @@ class RingFuzzer:
                     self._round(device)
                     if self.cases >= goal:
                         break
-            report(
-                f"{self.cases} chains, {self.broken} broken rings, {self.unchecked} batches "
-                "not judged"
-            )
+            report(f"{self.cases} chains ({self.unjudged} not judged), {self.broken} broken rings")
 
     def _prepare(self, device: BlockDevice) -> None:
         memory = device.memory
@@ -161,12 +158,13 @@ class RingFuzzer:
 
     def _round(self, device: BlockDevice) -> None:
         self._rounds += 1
+        before = self.cases
         batches = []
         for at, queue in enumerate(device.queues):
             batches.append(self._batch(queue, at))
         if not all(batch.checked for batch in batches):
             # What one lets the device overwrite may be the others' descriptors.
-            self.unchecked += len(batches)
+            self.unjudged += self.cases - before
             for batch in batches:
                 batch.checked = False
         for batch in batches:
