@@ -39,6 +39,8 @@ class SegmentRow(TypedDict):
 
     kind: 1 log, 2 map. sealed: nothing more will be written to it. used_blocks: blocks written,
     header and record headers included. live: live data blocks (log) or live node bytes (map).
+    dead: which are not; punched_blocks: of those, given back; notes, unmaps: what a rebuild may need
+    of it (docs/format.md, "Catalog").
     """
 
     number: int
@@ -46,6 +48,38 @@ class SegmentRow(TypedDict):
     sealed: bool
     used_blocks: int
     live: int
+    dead: bytes
+    punched_blocks: int
+    notes: int
+    unmaps: int
+
+class SnapshotRoot(TypedDict):
+    """The map of a snapshot: what the catalog keeps of it once a checkpoint has written it.
+
+    position: in the log. root: as in `CheckpointState`. mapped_blocks: blocks it holds.
+    """
+
+    uuid: bytes
+    position: int
+    root: bytes
+    mapped_blocks: int
+
+class ParentSnapshot(TypedDict):
+    """The snapshot that a head descends from. Of two that the head may reach blocks through, the
+    engine needs the newest: what lies before it in the log, or in map segments before the end of its
+    root, is shared with it."""
+
+    position: int
+    root: bytes
+
+class FoundSnapshot(TypedDict):
+    """A snapshot's note that recovery found in the log behind the checkpoint."""
+
+    uuid: bytes
+    name: str
+    created_ns: int
+    size_bytes: int
+    position: int
 
 class CheckpointState(TypedDict):
     """A durable map and the log position up to which it holds.
@@ -65,12 +99,14 @@ class CheckpointResult(TypedDict):
     """A checkpoint that is durable and wants to be committed in the catalog.
 
     changed: rows to insert or update; removed: numbers to delete from the catalog. The engine
-    deletes their files only after `Volume.checkpoint_committed(id)`.
+    deletes their files only after `Volume.checkpoint_committed(id)`. snapshots: those that were pending
+    and now have a root, oldest first.
     """
 
     id: int
     state: CheckpointState
     mapped_blocks: int
+    snapshots: list[SnapshotRoot]
     changed: list[SegmentRow]
     removed: list[int]
 
@@ -124,12 +160,73 @@ class Engine:
         segments: Sequence[SegmentRow],
         uncatalogued: Sequence[int],
         checkpoint_log_bytes: int = 256 << 20,
+        parent: ParentSnapshot | None = None,
+        state_note: bytes = b"",
+        clone: bool = False,
+        limit_bytes: int | None = None,
+        pause_when_full: bool = False,
     ) -> Volume:
         """Recovers and opens a volume.
 
         `epoch` (greater than `previous_epoch`) is committed in the catalog before the call.
         `mapped_blocks`: of the checkpoint.
         `uncatalogued`: segments of this volume found on the device that no row names.
+        `parent`: of the head at the checkpoint: the nearest ancestor that is not pending.
+        `state_note`: payload of the volume's state note as the catalog has it; repeated in the log when
+        the segment that holds the last one goes. `clone`: its first blocks are another volume's.
+        `limit_bytes`, `pause_when_full`: as in `Volume.set_limit`, `Volume.set_pause_when_full`.
+
+        A snapshot is opened with its own root as the checkpoint's, position 0 throughout, no segments,
+        and `read_only`: no log is read.
+        """
+
+    def difference(
+        self,
+        device: Device,
+        *,
+        old: bytes,
+        new: bytes,
+        start: int = 0,
+        end: int = 1 << 46,
+        limit: int = 65536,
+    ) -> tuple[list[tuple[int, int, bool]], int | None]:
+        """Where two roots differ in `start..end` (bytes): (offset, length, mapped in `new`), ascending.
+
+        At most `limit` ranges; the second value is where to go on, or None. The cost follows what
+        differs. Both roots must stay pinned meanwhile: by their snapshots, or `Volume.hold_nodes`.
+        `old` empty: everything that is mapped in `new`.
+        """
+
+    def exclusive(self, device: Device, *, root: bytes, others: Sequence[bytes]) -> tuple[int, int]:
+        """Blocks and node bytes that `root` reaches and none of the `others` does."""
+
+    def release_exclusive(self, volume: Volume, *, root: bytes, others: Sequence[bytes]) -> tuple[int, int]:
+        """As `exclusive`, and what it finds is dead from now on. May be repeated after a crash.
+
+        `root`: of a snapshot that is being removed; `others`: its parent, and all that descend from it,
+        the head in a checkpoint committed after `Volume.set_parent` among them.
+        """
+
+    def rebuild_volume(
+        self,
+        device: Device,
+        *,
+        volume_uuid: bytes,
+        name: str,
+        size_bytes: int,
+        logical_block_bytes: int,
+        epoch: int,
+        segments: Sequence[int],
+        snapshots: Sequence[tuple[bytes, int]],
+        rollbacks: Sequence[tuple[int, int]],
+        unmaps: Sequence[tuple[int, int, int]],
+        origin: bytes = b"",
+    ) -> RebuiltVolume:
+        """Makes the maps of a volume again from its log segments, which nobody has open.
+
+        `segments`: its log segments. `snapshots`: (uuid, position); `rollbacks`: (position, to);
+        `unmaps`: (first block, blocks, position), of unmaps notes; `origin`: root of the snapshot that
+        a clone began with. The map segments it writes are durable; the caller commits the result.
         """
 
     def stats(self) -> dict[str, Any]:
@@ -138,6 +235,16 @@ class Engine:
 
     def shutdown(self) -> None:
         """Stops the workers. Volumes that are open stay as after a crash; close them first."""
+
+class RebuiltVolume(TypedDict):
+    """What `Engine.rebuild_volume` made. lost: damage found in segments, as sentences; blocks whose
+    record cannot be read are in no map. segments: all rows of the volume, map segments included."""
+
+    state: CheckpointState
+    mapped_blocks: int
+    snapshots: list[SnapshotRoot]
+    segments: list[SegmentRow]
+    lost: list[str]
 
 @final
 class Device:
@@ -164,7 +271,7 @@ class Volume:
 
     recovered: dict[str, Any]
     """What recovery did: `clean` (bool), `records`, `staged_bytes`, `segments_scanned`, `seconds`,
-    `warnings` (list of str: what is lost or odd)."""
+    `warnings` (list of str: what is lost or odd), `snapshots` (list of `FoundSnapshot`, oldest first)."""
 
     def read(self, offset: int, length: int) -> bytes:
         """Offset and length of direct access are multiples of 512 inside the volume."""
@@ -174,6 +281,41 @@ class Volume:
     def write_zeroes(self, offset: int, length: int) -> None: ...
     def flush(self) -> None: ...
     def resize(self, size_bytes: int) -> None: ...
+    def snapshot(self, *, uuid: bytes, name: str, created_ns: int) -> int:
+        """Takes a snapshot and returns its position, when it is durable. Requests that have completed
+        are in it. Costs the same whatever the volume's size; guests' I/O goes on.
+
+        Raises:
+            BusyError: 64 snapshots wait for a checkpoint already: make one first.
+        """
+
+    def note_state(self, payload: bytes, *, write: bool = True) -> None:
+        """Takes a new state note (docs/format.md, "Note"); with `write`, it is durable in the log when
+        this returns, otherwise it is kept for when the engine has to repeat it."""
+
+    def set_parent(self, parent: ParentSnapshot | None) -> None:
+        """The head now descends from this snapshot: those between are being removed."""
+
+    def hold_nodes(self) -> None:
+        """Until `release_nodes` (calls nest), no map segment is removed or punched, so that the root of
+        a checkpoint committed meanwhile can be walked."""
+
+    def release_nodes(self) -> None: ...
+    def adopt(self, offset: int, length: int) -> int:
+        """Copies what the range has in other volumes' segments into this volume's log; returns the
+        bytes copied. Guests may write meanwhile."""
+
+    def foreign_blocks(self) -> int:
+        """Blocks that the head of a clone still has in other volumes' segments. Reads the whole map."""
+
+    def set_limit(self, limit_bytes: int | None) -> None:
+        """Bytes that the volume's segments may take on the device; at it, writes find no space."""
+
+    def set_pause_when_full(self, pause: bool) -> None:
+        """A write that finds no space waits for it (True) or fails (False)."""
+
+    def set_reclaim(self, *, bytes_per_second: int, enabled: bool = True) -> None:
+        """How much dead space may be given back a second, at most."""
     def checkpoint(self) -> CheckpointResult:
         """Writes what changed of the map, and makes it durable."""
 
@@ -187,7 +329,10 @@ class Volume:
         """Counters: `reads`, `read_bytes`, `writes`, `written_bytes`, `flushes`, `discards`,
         `discarded_bytes`, `errors`, `checksum_errors`, `map_node_reads`. Levels: `mapped_blocks`,
         `map_memory_bytes`, `log_bytes_since_checkpoint`, `staged_bytes`, `segments`,
-        `live_blocks`, `log_blocks`, `live_node_bytes`, `map_blocks`."""
+        `live_blocks`, `log_blocks`, `live_node_bytes`, `map_blocks`, `punched_blocks`,
+        `dead_blocks` (of data, punched or not), `allocated_bytes` (what its segments take),
+        `pending_snapshots`, `waiting_for_space` (requests). More counters: `log_bytes`, `node_bytes`
+        (written to the device), `punched_bytes`, `zero_bytes` (writes of zeroes that took no space)."""
 
     def close(self) -> CheckpointResult | None:
         """Finishes requests, flushes, seals, checkpoints; exports must be closed first.
