@@ -176,8 +176,8 @@ class Engine:
         the segment that holds the last one goes. `clone`: its first blocks are another volume's.
         `limit_bytes`, `pause_when_full`: as in `Volume.set_limit`, `Volume.set_pause_when_full`.
 
-        A snapshot is opened with its own root as the checkpoint's, position 0 throughout, no segments,
-        and `read_only`: no log is read.
+        A snapshot is opened with `volume_uuid` its own, its root as the checkpoint's, the rest of that
+        0, no segments, and `read_only`: no log is read.
         """
 
     def difference(
@@ -204,7 +204,9 @@ class Engine:
         """As `exclusive`, and what it finds is dead from now on. May be repeated after a crash.
 
         `root`: of a snapshot that is being removed; `others`: its parent, and all that descend from it,
-        the head in a checkpoint committed after `Volume.set_parent` among them.
+        the head in a checkpoint committed after `Volume.set_parent` among them. Nodes of `root` that are
+        gone are those of an earlier run that was complete; a node of the others that cannot be read is an
+        error, and nothing has changed.
         """
 
     def rebuild_volume(
