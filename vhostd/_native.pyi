@@ -161,6 +161,7 @@ class Engine:
         uncatalogued: Sequence[int],
         checkpoint_log_bytes: int = 256 << 20,
         parent: ParentSnapshot | None = None,
+        newest_snapshot: int = 0,
         state_note: bytes = b"",
         clone: bool = False,
         limit_bytes: int | None = None,
@@ -172,6 +173,7 @@ class Engine:
         `mapped_blocks`: of the checkpoint.
         `uncatalogued`: segments of this volume found on the device that no row names.
         `parent`: of the head at the checkpoint: the nearest ancestor that is not pending.
+        `newest_snapshot`: position of the volume's newest snapshot, whichever line it is of.
         `state_note`: payload of the volume's state note as the catalog has it; repeated in the log when
         the segment that holds the last one goes. `clone`: its first blocks are another volume's.
         `limit_bytes`, `pause_when_full`: as in `Volume.set_limit`, `Volume.set_pause_when_full`.
