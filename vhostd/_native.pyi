@@ -202,7 +202,9 @@ class Engine:
     def exclusive(self, device: Device, *, root: bytes, others: Sequence[bytes]) -> tuple[int, int]:
         """Blocks and node bytes that `root` reaches and none of the `others` does."""
 
-    def release_exclusive(self, volume: Volume, *, root: bytes, others: Sequence[bytes]) -> tuple[int, int]:
+    def release_exclusive(
+        self, volume: Volume, *, root: bytes, others: Sequence[bytes]
+    ) -> tuple[int, int]:
         """As `exclusive`, and what it finds is dead from now on. May be repeated after a crash.
 
         `root`: of a snapshot that is being removed; `others`: its parent, and all that descend from it,

@@ -89,7 +89,7 @@ class PoolWriter:
             block,
             0,
             b"VHSB",
-            1,
+            2,
             0,
             self.uuid.bytes,
             self.device.bytes,

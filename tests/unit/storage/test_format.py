@@ -201,10 +201,12 @@ def test_a_node_with_a_field_out_of_range_is_refused_by_its_name(field: str, dat
 # Any bytes at all
 
 
-def sealed(data: bytes, checksum_at: int, magic: bytes, length: int = BLOCK) -> bytes:
+def sealed(
+    data: bytes, checksum_at: int, magic: bytes, length: int = BLOCK, version: bytes = b"\1\0"
+) -> bytes:
     """Those bytes, with what it takes to get beyond the checksum."""
     block = bytearray(data[:length].ljust(length, b"\0"))
-    block[:6] = magic + b"\1\0"
+    block[:6] = magic + version
     summed(block, checksum_at)
     return bytes(block)
 
@@ -241,7 +243,7 @@ PARSERS: list[Callable[[bytes], object]] = [
     lambda data: parse_record(data, PLACE),
     lambda data: parse_trailer(data, PLACE, SEGMENT_BYTES),
     lambda data: parse_root(data, PLACE),
-    lambda data: parse_superblock(sealed(data, 56, b"VHSB"), PLACE),
+    lambda data: parse_superblock(sealed(data, 56, b"VHSB", version=b"\2\0"), PLACE),
     lambda data: parse_segment_header(sealed(data, 64, b"VHSG"), PLACE),
     lambda data: parse_record(sealed(data, 80, b"VHRC"), PLACE),
     lambda data: parse_trailer(sealed(data, 100, b"VHFT"), PLACE, SEGMENT_BYTES),
@@ -304,8 +306,8 @@ def test_flipped_bits_of_every_structure_are_refused(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_refused_and_said_to_be_newer() -> None:
     block = bytearray(BLOCK)
-    block[:6] = b"VHSB\2\0"
+    block[:6] = b"VHSB\3\0"
     summed(block, 56)
-    with pytest.raises(FormatError, match="version: it is 2, and this reader knows 1") as caught:
+    with pytest.raises(FormatError, match="version: it is 3, and this reader knows 2") as caught:
         parse_superblock(bytes(block), PLACE)
     assert caught.value.newer

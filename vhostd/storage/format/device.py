@@ -36,6 +36,8 @@ LOCK_FILE = "lock"
 SEGMENTS_DIRECTORY = "segments"
 
 _STRUCTURE = "superblock"
+# Pools of version 1 had a catalog without snapshots and were never released.
+_VERSION = 2
 _SUPERBLOCK = struct.Struct("<4sHH16s16sQQIHH")
 _CHECKSUM_OFFSET = 56
 _DIRECTORY_NAME = re.compile(r"[0-9a-f]{11}")
@@ -74,7 +76,7 @@ def parse_superblock(data: Bytes, place: Place) -> Superblock:
         name_length,
         _,
     ) = _SUPERBLOCK.unpack_from(data)
-    check_magic(_STRUCTURE, place, magic, b"VHSB", version)
+    check_magic(_STRUCTURE, place, magic, b"VHSB", version, _VERSION)
     check_sum(_STRUCTURE, place, data, _CHECKSUM_OFFSET, checksum)
     if flags != 0:
         raise FormatError(_STRUCTURE, "flags", place, f"{flags:#x} are not known")

@@ -42,17 +42,19 @@ def is_zero(block: Bytes) -> bool:
     return block == _ZERO_BLOCK[: len(block)]
 
 
-def check_magic(structure: str, place: Place, magic: bytes, expected: bytes, version: int) -> None:
+def check_magic(
+    structure: str, place: Place, magic: bytes, expected: bytes, version: int, known: int = VERSION
+) -> None:
     """Magic first: the version of something else means nothing."""
     if magic != expected:
         raise FormatError(structure, "magic", place, f"it is {magic!r}, not {expected!r}")
-    if version != VERSION:
+    if version != known:
         raise FormatError(
             structure,
             "version",
             place,
-            f"it is {version}, and this reader knows {VERSION}",
-            newer=version > VERSION,
+            f"it is {version}, and this reader knows {known}",
+            newer=version > known,
         )
 
 

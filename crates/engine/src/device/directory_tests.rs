@@ -188,17 +188,21 @@ fn damaged_superblock_is_refused_with_file_and_fault() {
 }
 
 #[test]
-fn superblock_of_a_newer_version_is_not_called_damage() {
+fn superblock_of_another_version_is_not_called_damage() {
     let (directory, device) = device();
     drop(device);
     let path = directory.path().join(SUPERBLOCK);
-    let mut block = fs::read(&path).unwrap();
-    block[4] = 2;
-    let checksum = crate::segment::checksum_without(&block, 56);
-    block[56..60].copy_from_slice(&checksum.to_le_bytes());
-    fs::write(&path, block).unwrap();
-    let error = DirectoryDevice::open(directory.path(), true).unwrap_err();
-    assert_eq!(error.kind(), DeviceErrorKind::Unsupported, "{error}");
+    for (version, advice) in [(1, "new pool"), (3, "newer one")] {
+        let mut block = fs::read(&path).unwrap();
+        assert_ne!(block[4], version);
+        block[4] = version;
+        let checksum = crate::segment::checksum_without(&block, 56);
+        block[56..60].copy_from_slice(&checksum.to_le_bytes());
+        fs::write(&path, block).unwrap();
+        let error = DirectoryDevice::open(directory.path(), true).unwrap_err();
+        assert_eq!(error.kind(), DeviceErrorKind::Unsupported, "{error}");
+        assert!(error.to_string().contains(advice), "{error}");
+    }
 }
 
 #[test]

@@ -39,6 +39,10 @@ pub enum DeviceError {
     Damaged { path: PathBuf, fault: FormatError },
     #[error("{path}: {fault}; use the vhostd that wrote it, or a newer one")]
     NewerVersion { path: PathBuf, fault: FormatError },
+    #[error(
+        "{path}: {fault}; export its volumes with the vhostd that wrote it, and import them into a new pool"
+    )]
+    OlderVersion { path: PathBuf, fault: FormatError },
     #[error("device {path} has no segment {number}")]
     NoSegment {
         path: PathBuf,
@@ -64,7 +68,7 @@ impl DeviceError {
             Self::NotEmpty { .. } => DeviceErrorKind::Exists,
             Self::Locked { .. } => DeviceErrorKind::Busy,
             Self::Damaged { .. } => DeviceErrorKind::Damaged,
-            Self::NewerVersion { .. } => DeviceErrorKind::Unsupported,
+            Self::NewerVersion { .. } | Self::OlderVersion { .. } => DeviceErrorKind::Unsupported,
             Self::Usage(_) => DeviceErrorKind::Usage,
             Self::Os { source, .. } => match source.kind() {
                 io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
@@ -78,6 +82,9 @@ impl DeviceError {
     pub(super) fn format(path: &Path, fault: FormatError) -> Self {
         let path = path.to_owned();
         match fault {
+            FormatError::Version(_, found, known) if found < known => {
+                Self::OlderVersion { path, fault }
+            }
             FormatError::Version(..) => Self::NewerVersion { path, fault },
             _ => Self::Damaged { path, fault },
         }

@@ -2,13 +2,13 @@
 //!
 //! No I/O here. What is parsed comes from a disk and may be anything.
 
-use crate::segment::{
-    FormatError, VERSION, array, check_block, checksum_without, get_u16, get_u64, put,
-};
+use crate::segment::{FormatError, array, check_block_of, checksum_without, get_u16, get_u64, put};
 use crate::types::{BLOCK_BYTES, MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, Uuid};
 
 const MAGIC: &[u8; 4] = b"VHSB";
 const WHAT: &str = "superblock";
+/// Pools of version 1 had a catalog without snapshots and were never released.
+const VERSION: u16 = 2;
 const CHECKSUM_AT: usize = 56;
 const NAME_LENGTH_AT: usize = 60;
 const NAME_AT: usize = 64;
@@ -76,7 +76,7 @@ impl Superblock {
     /// # Errors
     /// [`FormatError`] if `block` is not a superblock of this version.
     pub fn parse(block: &[u8]) -> Result<Self, FormatError> {
-        check_block(block, MAGIC, WHAT, CHECKSUM_AT)?;
+        check_block_of(block, MAGIC, WHAT, CHECKSUM_AT, VERSION)?;
         let name_bytes = usize::from(get_u16(block, NAME_LENGTH_AT));
         if name_bytes > MAX_NAME_BYTES {
             return Err(FormatError::Field {

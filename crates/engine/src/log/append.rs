@@ -13,8 +13,8 @@ use crate::crc::crc32c;
 use crate::io::{Io, Op};
 use crate::log::{Active, LogEvent};
 use crate::segment::{
-    Entry, EntryKind, FooterBuilder, OpenRecord, Record, RecordIdentity, RecordSummary,
-    fits_in_record,
+    Entry, EntryKind, FooterBuilder, MAX_NOTE_BLOCKS, OpenRecord, Record, RecordIdentity,
+    RecordSummary, fits_in_record,
 };
 use crate::types::{Address, BLOCK_BYTES, BlockNumber};
 
@@ -262,34 +262,92 @@ impl Log {
         checksums: &mut Vec<u32>,
         fill: impl FnOnce(&mut [u8]),
     ) -> Address {
-        let open = self.open_record(now);
-        let position = open.position + u64::from(1 + open.data_blocks) * BLOCK;
-        let offset_blocks = open.offset_blocks + 1 + open.data_blocks;
-        let data = self
-            .staging
-            .bytes_mut(position, count as usize * BLOCK_BYTES);
-        fill(data);
-        let first = checksums.len();
-        // Of our copy: the guest may have changed its own meanwhile.
-        checksums.extend(data.chunks_exact(BLOCK_BYTES).map(crc32c));
         let entry = Entry {
             block,
             count,
             kind: EntryKind::Data,
         };
+        self.append_blocks(entry, now, checksums, fill)
+    }
+
+    fn append_blocks(
+        &mut self,
+        entry: Entry,
+        now: Now,
+        checksums: &mut Vec<u32>,
+        fill: impl FnOnce(&mut [u8]),
+    ) -> Address {
+        let open = self.open_record(now);
+        let position = open.position + u64::from(1 + open.data_blocks) * BLOCK;
+        let offset_blocks = open.offset_blocks + 1 + open.data_blocks;
+        let data = self
+            .staging
+            .bytes_mut(position, entry.count as usize * BLOCK_BYTES);
+        fill(data);
+        let first = checksums.len();
+        // Of our copy: the guest may have changed its own meanwhile.
+        checksums.extend(data.chunks_exact(BLOCK_BYTES).map(crc32c));
         self.commit_entry(&open, &entry, &checksums[first..], now);
         Address::new(self.active_segment(), offset_blocks)
     }
 
-    /// Appends a discard or write-zeroes of `count` blocks from `block`.
-    pub fn append_unmap(&mut self, block: BlockNumber, count: u32, now: Now) {
+    /// Appends a discard or write-zeroes of `count` blocks from `block`. Returns its position.
+    pub fn append_unmap(&mut self, block: BlockNumber, count: u32, now: Now) -> Address {
         let open = self.open_record(now);
+        let position = Address::new(
+            self.active_segment(),
+            open.offset_blocks + 1 + open.data_blocks,
+        );
         let entry = Entry {
             block,
             count,
             kind: EntryKind::Unmap,
         };
         self.commit_entry(&open, &entry, &[], now);
+        position
+    }
+
+    /// Appends a note, encoded ([`crate::segment::Note::encode`]); [`Self::prepare`] has made room for
+    /// its blocks. Returns its position.
+    ///
+    /// It is committed, ordered and made durable as the data of a guest's write is: everything appended
+    /// before it is before it after any crash, and a flush begun after it covers it.
+    ///
+    /// # Panics
+    /// If `note` is not whole blocks, at most [`crate::segment::MAX_NOTE_BLOCKS`].
+    pub fn append_note(&mut self, note: &[u8], now: Now) -> Address {
+        assert!(
+            note.len().is_multiple_of(BLOCK_BYTES) && !note.is_empty(),
+            "a note is whole blocks"
+        );
+        let count = (note.len() / BLOCK_BYTES) as u32;
+        assert!(count <= MAX_NOTE_BLOCKS, "a note fits one record");
+        let fill = |data: &mut [u8]| data.copy_from_slice(note);
+        self.append_blocks(
+            Entry {
+                block: BlockNumber(0),
+                count,
+                kind: EntryKind::Note,
+            },
+            now,
+            &mut Vec::new(),
+            fill,
+        )
+    }
+
+    /// The position that an entry appended now gets; follows a successful [`Self::prepare`].
+    ///
+    /// # Panics
+    /// Without one, if there is no segment to append to.
+    #[must_use]
+    pub fn next_position(&self) -> Address {
+        let block = match (&self.open, &self.active) {
+            (Some(open), _) => open.offset_blocks + 1 + open.data_blocks,
+            // A new record starts with its header.
+            (None, Some(active)) => self.active_end_blocks(active) + 1,
+            (None, None) => 0,
+        };
+        Address::new(self.active_segment(), block)
     }
 
     fn active_segment(&self) -> crate::types::SegmentNumber {

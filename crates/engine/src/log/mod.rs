@@ -26,9 +26,12 @@
 //! Owned by one volume, called from its worker only. Never blocks.
 
 mod append;
+mod notes;
 mod recovery;
 mod seal;
 mod staging;
+#[cfg(test)]
+mod tests;
 mod writeout;
 
 use std::collections::{BTreeSet, VecDeque};
@@ -36,6 +39,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use notes::{NoteError, read_note};
 pub use recovery::{
     LogPosition, RecoveredSegment, Recovery, RecoveryError, RecoveryInput, recover,
 };

@@ -7,7 +7,7 @@ use super::{
 };
 use crate::crc::crc32c;
 use crate::io::AlignedBuf;
-use crate::types::{BLOCK_BYTES, Epoch, SegmentNumber, Sequence, Uuid};
+use crate::types::{Address, BLOCK_BYTES, Epoch, SegmentNumber, Sequence, Uuid};
 
 const MAGIC: &[u8; 4] = b"VHFT";
 const WHAT: &str = "segment trailer";
@@ -27,6 +27,41 @@ pub struct RecordSummary {
     pub entries: Vec<Entry>,
     /// Checksums of the data blocks, first block first.
     pub checksums: Vec<u32>,
+}
+
+/// An entry, where it stands in the log, and the checksums of its data.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PlacedEntry<'a> {
+    pub entry: Entry,
+    /// Address of the first block of data; for an unmap, that of the data which would come next.
+    pub position: Address,
+    /// Of the entry's data, first block first; none for an unmap.
+    pub checksums: &'a [u32],
+}
+
+impl RecordSummary {
+    /// Behind the record, blocks from the segment's start.
+    #[must_use]
+    pub const fn end_blocks(&self) -> u32 {
+        self.offset_blocks + 1 + self.data_blocks
+    }
+
+    /// The entries in their order, each with its position (docs/format.md, "Record").
+    ///
+    /// # Panics
+    /// If the record does not lie inside a segment, which parsing has checked.
+    pub fn placed(&self, segment: SegmentNumber) -> impl Iterator<Item = PlacedEntry<'_>> {
+        let mut done = 0;
+        self.entries.iter().map(move |&entry| {
+            let from = done;
+            done += entry.data_blocks();
+            PlacedEntry {
+                entry,
+                position: Address::new(segment, self.offset_blocks + 1 + from),
+                checksums: &self.checksums[from as usize..done as usize],
+            }
+        })
+    }
 }
 
 impl From<Record> for RecordSummary {

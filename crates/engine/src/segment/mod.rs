@@ -5,10 +5,15 @@
 
 mod footer;
 mod header;
+mod note;
 mod record;
 
-pub use footer::{FooterBuilder, RecordSummary, TRAILER_BYTES, Trailer};
+pub use footer::{FooterBuilder, PlacedEntry, RecordSummary, TRAILER_BYTES, Trailer};
 pub use header::{SegmentHeader, SegmentKind};
+pub use note::{
+    MAX_NOTE_BLOCKS, MAX_NOTE_PAYLOAD_BYTES, MAX_NOTE_UNMAPS, MAX_SNAPSHOT_NAME_BYTES,
+    MAX_STATE_BYTES, MAX_STATE_PARTS, Note, NotedUnmap, StateParts,
+};
 pub use record::{
     ENTRY_BYTES, Entry, EntryKind, MAX_RECORD_BLOCKS, MAX_RECORD_ENTRIES, OpenRecord,
     RECORD_ENTRIES_OFFSET, Record, RecordIdentity, fits_in_record,
@@ -21,8 +26,8 @@ use crate::crc::crc32c;
 pub enum FormatError {
     #[error("there is no {0} here (its magic is missing)")]
     Magic(&'static str),
-    #[error("the {0} has format version {1}, and this vhostd knows only version 1")]
-    Version(&'static str, u16),
+    #[error("the {0} has format version {1}, and this vhostd knows only version {2}")]
+    Version(&'static str, u16, u16),
     #[error("the {0} does not match its checksum")]
     Checksum(&'static str),
     #[error("the {structure}'s field '{field}' is out of its range or not that of this place")]
@@ -32,7 +37,7 @@ pub enum FormatError {
     },
 }
 
-/// The only format version there is.
+/// The only format version there is of the structures in segments.
 pub(crate) const VERSION: u16 = 1;
 
 pub(crate) fn get_u16(bytes: &[u8], at: usize) -> u16 {
@@ -67,12 +72,23 @@ pub(crate) fn checksum_without(bytes: &[u8], field: usize) -> u32 {
     crc32c(copy)
 }
 
-/// Checks magic, version and checksum of a one-block structure.
+/// Checks magic, version ([`VERSION`]) and checksum of a one-block structure.
 pub(crate) fn check_block(
     bytes: &[u8],
     magic: &[u8; 4],
     structure: &'static str,
     checksum_at: usize,
+) -> Result<(), FormatError> {
+    check_block_of(bytes, magic, structure, checksum_at, VERSION)
+}
+
+/// As [`check_block`], for a structure of another version.
+pub(crate) fn check_block_of(
+    bytes: &[u8],
+    magic: &[u8; 4],
+    structure: &'static str,
+    checksum_at: usize,
+    version: u16,
 ) -> Result<(), FormatError> {
     if bytes.len() != crate::types::BLOCK_BYTES || bytes[..4] != magic[..] {
         return Err(FormatError::Magic(structure));
@@ -81,7 +97,7 @@ pub(crate) fn check_block(
         return Err(FormatError::Checksum(structure));
     }
     match get_u16(bytes, 4) {
-        VERSION => Ok(()),
-        other => Err(FormatError::Version(structure, other)),
+        found if found == version => Ok(()),
+        found => Err(FormatError::Version(structure, found, version)),
     }
 }

@@ -33,9 +33,11 @@ pub enum EntryKind {
     Data = 1,
     /// They read as zeroes.
     Unmap = 2,
+    /// No blocks of the volume: the data that follows is a [`super::Note`].
+    Note = 3,
 }
 
-/// One guest write, discard or write-zeroes, or a part of one.
+/// One guest write, discard or write-zeroes, or a part of one; or a note.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     pub block: BlockNumber,
@@ -48,7 +50,7 @@ impl Entry {
     #[must_use]
     pub const fn data_blocks(&self) -> u32 {
         match self.kind {
-            EntryKind::Data => self.count,
+            EntryKind::Data | EntryKind::Note => self.count,
             EntryKind::Unmap => 0,
         }
     }
@@ -70,6 +72,7 @@ impl Entry {
         let kind = match bytes[12] {
             1 => EntryKind::Data,
             2 => EntryKind::Unmap,
+            3 => EntryKind::Note,
             _ => return Err(wrong("kind")),
         };
         let entry = Self {
@@ -79,6 +82,9 @@ impl Entry {
         };
         if entry.count == 0 || entry.block.0.checked_add(u64::from(entry.count)).is_none() {
             return Err(wrong("count"));
+        }
+        if entry.kind == EntryKind::Note && entry.block.0 != 0 {
+            return Err(wrong("block"));
         }
         Ok(entry)
     }

@@ -15,7 +15,7 @@ use crate::io::{BlockingIo, DeviceId, Io, Op, Tokens};
 use crate::log::{Log, LogConfig, LogPosition, Recovery, RecoveryInput, VolumeAttributes, recover};
 use crate::map::{Displaced, Extents, Map, NeedNode, NodeLocation};
 use crate::segment::{EntryKind, RecordSummary, SegmentHeader, SegmentKind};
-use crate::types::{Address, BLOCK_BYTES, BlockNumber, Epoch, SegmentNumber, Uuid};
+use crate::types::{BLOCK_BYTES, BlockNumber, Epoch, SegmentNumber, Uuid};
 
 /// Everything that opening a volume needs.
 #[derive(Clone, Debug)]
@@ -226,21 +226,19 @@ impl Replay {
         segment: SegmentNumber,
         record: &RecordSummary,
     ) -> Result<(), VolumeError> {
-        let mut data_blocks = 0;
-        for entry in &record.entries {
+        for placed in record.placed(segment) {
+            let entry = placed.entry;
             match entry.kind {
                 EntryKind::Data => {
-                    let address = Address::new(segment, record.offset_blocks + 1 + data_blocks);
-                    let range = data_blocks as usize..(data_blocks + entry.count) as usize;
-                    let checksums = &record.checksums[range];
                     self.resolve(io, |map, displaced| {
                         map.ensure_resident(entry.block, entry.count)?;
-                        map.insert(entry.block, address, checksums, displaced)
+                        map.insert(entry.block, placed.position, placed.checksums, displaced)
                     })?;
                     self.space.revive(segment, u64::from(entry.count));
-                    data_blocks += entry.count;
                 }
                 EntryKind::Unmap => self.unmap(io, entry.block, entry.count)?,
+                // It changes no block.
+                EntryKind::Note => {}
             }
             self.space.displace(&mut self.displaced);
         }
