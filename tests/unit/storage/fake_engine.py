@@ -147,7 +147,17 @@ class FakeVolume:
             },
             "mapped_blocks": self.sequence,
             "changed": [
-                {"number": n, "kind": kind, "sealed": True, "used_blocks": 4, "live": 2}
+                {
+                    "number": n,
+                    "kind": kind,
+                    "sealed": True,
+                    "used_blocks": 4,
+                    "live": 2,
+                    "dead": b"",
+                    "punched_blocks": 0,
+                    "notes": 0,
+                    "unmaps": 0,
+                }
                 for n, kind in changed
             ],
             "removed": self.old_maps,

@@ -299,6 +299,10 @@ class VolumeWriter:
                 "sealed": True,
                 "used_blocks": 1 + -(-len(nodes) // BLOCK),
                 "live": live,
+                "dead": b"",
+                "punched_blocks": 0,
+                "notes": 0,
+                "unmaps": 0,
             }
         last = self.segments[-1]
         dead = [s for s in self.segments[:-1] if s.sealed and not self.live(s.number)]
@@ -310,6 +314,10 @@ class VolumeWriter:
                 "sealed": s.sealed,
                 "used_blocks": s.end,
                 "live": self.live(s.number),
+                "dead": b"",
+                "punched_blocks": 0,
+                "notes": 0,
+                "unmaps": 0,
             }
             for s in self.segments
         ]
@@ -327,6 +335,7 @@ class VolumeWriter:
                     "record_checksum": self.checksum,
                 },
                 "mapped_blocks": len(self.mapping),
+                "snapshots": [],
                 "changed": [*rows, *self.map_rows.values()],
                 "removed": removed,
             },

@@ -38,7 +38,17 @@ def make(directory: Path) -> Catalog:
 
 
 def row(number: int, *, kind: int = 1, sealed: bool = False, live: int = 3) -> SegmentRow:
-    return {"number": number, "kind": kind, "sealed": sealed, "used_blocks": 5, "live": live}
+    return {
+        "number": number,
+        "kind": kind,
+        "sealed": sealed,
+        "used_blocks": 5,
+        "live": live,
+        "dead": b"",
+        "punched_blocks": 0,
+        "notes": 0,
+        "unmaps": 0,
+    }
 
 
 def result(
@@ -62,6 +72,7 @@ def result(
             "record_checksum": checksum,
         },
         "mapped_blocks": mapped,
+        "snapshots": [],
         "changed": [row(1)] if changed is None else changed,
         "removed": removed or [],
     }
@@ -166,10 +177,10 @@ def test_checkpoint_that_breaks_an_invariant_changes_nothing(
     epoch = catalog.next_epoch(made.uuid)
     good = result(sequence=5, segment=2, changed=[row(1, sealed=True), row(2, sealed=True)])
     catalog.commit_checkpoint(made.uuid, epoch, good)
-    before = list(catalog._connection.iterdump())
+    before = list(catalog._db.connection.iterdump())
     with pytest.raises(InternalError, match=reason):
         catalog.commit_checkpoint(made.uuid, epoch, bad)
-    assert list(catalog._connection.iterdump()) == before
+    assert list(catalog._db.connection.iterdump()) == before
     assert catalog.checkpoint(made.uuid).state == good["state"]
 
 
@@ -194,9 +205,9 @@ def test_removed_segments_are_forgotten(catalog: Catalog) -> None:
 def test_newer_schema_is_refused(catalog: Catalog, tmp_path: Path) -> None:
     catalog.close()
     with sqlite3.connect(tmp_path / FILE_NAME) as db:
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     db.close()
-    with pytest.raises(UnsupportedError, match="schema version 2"):
+    with pytest.raises(UnsupportedError, match="schema version 3"):
         Catalog.open(tmp_path)
 
 

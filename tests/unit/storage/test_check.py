@@ -469,7 +469,7 @@ def test_unsealed_segment_that_recovery_removed_is_a_note(pool: PoolWriter) -> N
     closed_volume(pool)
     with sqlite3.connect(pool.directory / "catalog.sqlite") as db:
         identity = db.execute("SELECT id FROM volumes").fetchone()[0]
-        db.execute("INSERT INTO segments VALUES (60000, ?, 1, 0, 1, 0)", (identity,))
+        db.execute("INSERT INTO segments VALUES (60000, ?, 1, 0, 1, 0, x'', 0, 0, 0)", (identity,))
     report = check_device(pool.directory)
     assert [(f.severity, f.code) for f in report.findings] == [("note", "segment-removed")]
 
@@ -523,7 +523,7 @@ def test_segments_are_checked_without_a_catalog(pool: PoolWriter, how: str) -> N
         path.write_bytes(pool.random.randbytes(8192))
     elif how == "newer":
         with sqlite3.connect(path) as db:
-            db.execute("PRAGMA user_version = 2")
+            db.execute("PRAGMA user_version = 3")
     else:
         os.truncate(path, 4096)
     report = check_device(pool.directory, data=True)
