@@ -50,7 +50,7 @@ _CHUNK_MAGIC = b"VHSC"
 _TRAILER_MAGIC = b"VHSE"
 _TOKEN_PREFIX = "vhostd-1-"  # noqa: S105 (names a place in a stream, and is no secret)
 
-_NO_TOKEN = (
+_NOT_ONE = (
     "that is not a resume token, or not all of it; get it from `vhostctl import --resume-point "
     "POOL/VOLUME` where the stream is received"
 )
@@ -190,12 +190,12 @@ class ResumePoint:
             whole = base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
             guid, from_guid, size_bytes, applied_bytes = _TOKEN.unpack(whole[: -_CRC.size])
         except (ValueError, struct.error) as error:
-            raise UsageError(_NO_TOKEN) from error
+            raise UsageError(_NOT_ONE) from error
         base = UUID(bytes=from_guid)
         point = cls(UUID(bytes=guid), None if base == NO_GUID else base, size_bytes, applied_bytes)
         # One point has one token; the comparison is of the checksum too.
         if point.token() != token:
-            raise UsageError(_NO_TOKEN)
+            raise UsageError(_NOT_ONE)
         return point
 
 
