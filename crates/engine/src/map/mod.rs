@@ -10,14 +10,16 @@
 //!
 //! The height is fixed, so that a resize changes nothing here, and absent subtrees cost nothing.
 //!
-//! # Checkpoints
+//! # Frozen trees
 //!
-//! [`Map::begin_checkpoint`] freezes the tree by starting a new *generation*. From then on there
-//! are two trees, the *frozen* one, being written, and the *head*, which the volume uses; they
-//! share what has not changed since. A node's state says who may change it:
+//! [`Map::freeze`] keeps the tree as it is for a snapshot, [`Map::begin_checkpoint`] for itself, by
+//! starting a new *generation*. From then on there are several trees, frozen ones that are to be
+//! written, oldest first, and the *head*, which the volume uses; they share what has not changed
+//! since. A checkpoint writes those that were frozen when it began; snapshots taken while it runs
+//! wait for the next one. A node's state says who may change it:
 //!
 //! ```text
-//!                change                     begin_checkpoint
+//!                change                            freeze
 //!     Clean ──────────────▶ Dirty (this generation) ──▶ Dirty (older: frozen)
 //!       ▲ ▲                   ▲     ▲                      │            │
 //!       │ └─ finish ── Written ┘    └──── head copies it ──┤            │ written
@@ -26,40 +28,49 @@
 //! ```
 //!
 //! Invariants:
-//! - A dirty node's slot has no location, and so its parent is dirty too: the walk of the frozen
+//! - A dirty node keeps the generation it was made dirty in (its *stamp*), and from when the head
+//!   has another in its place that generation too: the trees that have the node are those frozen
+//!   in between. So a tree's walk knows its nodes from those the head put into their memory since.
+//! - A dirty node's slot has no location, and so its parent is dirty too: the walk of a frozen
 //!   tree follows the slots without a location and nothing else.
 //! - The head changes a frozen dirty node never; it makes a copy and marks the old one
 //!   *superseded*. A superseded node's parent is superseded as well (paths are copied from the
-//!   root), and it is dropped when the checkpoint has written it.
-//! - A clean or written node may be changed in place by the head, even while a checkpoint runs:
-//!   whoever else has it in a slot has its location there too, and needs no more.
-//! - When the checkpoint gives a node that the head shares its location, it also puts it into the
-//!   head's copy of the parent, if the parent was copied.
+//!   root). It is dropped when it is written and, if a snapshot has it, committed.
+//! - A clean node may be changed in place by the head, whatever trees have it: they have its
+//!   location in a slot, and need no more. So may one that the running checkpoint wrote, unless
+//!   a snapshot has it: if the checkpoint is aborted, the snapshot needs it to be written again.
+//! - When a node is written, every tree that has it, and the head, gets the location into its
+//!   copy of the parent: a node is written once.
 //! - Dirty nodes, and nodes written by a checkpoint that is not finished, are never evicted; an
 //!   inner node only when none of its children is in memory. So every node in memory can be
 //!   reached from the head, or is superseded.
-//! - Each node written becomes dead exactly once, when the head has another in its place.
-//!
-//! Snapshots keep roots: what they need beyond this is that a location which a snapshot reaches
-//! is not reported dead. Equal locations mean equal subtrees, for a difference of two roots.
+//! - Each node written becomes dead at most once: when the head has another in its place, and no
+//!   snapshot has it. Which it is, is told by the stamp for nodes that the running checkpoint
+//!   wrote. Others on disk all are in a snapshot that is not committed, if there is one; else
+//!   the place tells: nodes are written behind each other, and the root of a tree last.
+//! - Equal locations mean equal subtrees, for a difference of two roots ([`walk`]).
 //!
 //! A map belongs to one thread at a time (`&mut self`; it is `Send`).
 
 mod checkpoint;
+mod extents;
 mod inner;
 mod leaf;
 mod node;
+mod path;
 mod slab;
 #[cfg(test)]
 mod tests;
+pub mod walk;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 
 use crate::types::{Address, BLOCK_BYTES, BlockNumber, MAX_VOLUME_BYTES, SegmentNumber};
-use checkpoint::Checkpoint;
-pub use checkpoint::CheckpointProgress;
+use checkpoint::{Checkpoint, Tree};
+pub use checkpoint::{CheckpointProgress, FrozenRoot};
+pub use extents::{Extent, Extents};
 use inner::{FAN_OUT, FAN_OUT_BITS, Inner, Slot};
-use leaf::{LEAF_BITS, Leaf};
+use leaf::LEAF_BITS;
 pub use node::NodeHead;
 use slab::{Body, Slab, State};
 
@@ -100,72 +111,6 @@ pub struct Displaced {
     pub count: u32,
 }
 
-/// Consecutive blocks of one kind.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Extent {
-    /// Not mapped: reads as zeroes.
-    Hole { block: BlockNumber, count: u32 },
-    /// At consecutive addresses in one segment; the checksums start at `first_crc` in
-    /// [`Extents::checksums`].
-    Mapped {
-        block: BlockNumber,
-        count: u32,
-        address: Address,
-        first_crc: usize,
-    },
-}
-
-/// The answer of [`Map::lookup`]; keep it to save allocations.
-#[derive(Clone, Debug, Default)]
-pub struct Extents {
-    /// Ascending, without gaps.
-    pub extents: Vec<Extent>,
-    /// CRC-32C of each mapped block, ascending.
-    pub checksums: Vec<u32>,
-}
-
-impl Extents {
-    pub fn clear(&mut self) {
-        self.extents.clear();
-        self.checksums.clear();
-    }
-
-    fn push_hole(&mut self, from: u64, to: u64) {
-        if from == to {
-            return;
-        }
-        let more = (to - from) as u32;
-        if let Some(Extent::Hole { count, .. }) = self.extents.last_mut() {
-            *count += more;
-            return;
-        }
-        self.extents.push(Extent::Hole {
-            block: BlockNumber(from),
-            count: more,
-        });
-    }
-
-    fn push_piece(&mut self, block: u64, piece: &leaf::Piece<'_>) {
-        let first_crc = self.checksums.len();
-        self.checksums
-            .extend(piece.crcs.iter().map(|crc| u32::from_le_bytes(*crc)));
-        // Block 0 of a segment is never data: consecutive addresses are in one segment.
-        match self.extents.last_mut() {
-            Some(Extent::Mapped { count, address, .. })
-                if address.bits() + u64::from(*count) == piece.address =>
-            {
-                *count += piece.len();
-            }
-            _ => self.extents.push(Extent::Mapped {
-                block: BlockNumber(block),
-                count: piece.len(),
-                address: Address::from_bits(piece.address),
-                first_crc,
-            }),
-        }
-    }
-}
-
 /// Blocks that a node of this level covers.
 const fn span_blocks(level: u8) -> u64 {
     1 << (LEAF_BITS + FAN_OUT_BITS * level as u32)
@@ -191,14 +136,24 @@ enum Seek {
     Hole(u64),
 }
 
-/// The tree of one volume's head, and of a checkpoint while that runs.
+/// The tree of one volume's head, and the trees of snapshots and of a checkpoint that are not on disk.
 #[derive(Debug)]
 pub struct Map {
     slab: Slab,
     head: Slot,
     generation: u32,
     mapped_blocks: u64,
+    /// Frozen and not committed, oldest first.
+    trees: VecDeque<Tree>,
     checkpoint: Option<Checkpoint>,
+    /// The mark of nodes that the running checkpoint wrote; 0: none runs.
+    running: u32,
+    /// A node stamped before this is in the newest of `trees`, if the head has it and it is dirty.
+    unshared_from: u32,
+    /// Generation behind the newest snapshot in `trees`; 0: there is none.
+    snapshots_until: u32,
+    /// Nodes before this place are in the snapshot that the head descends from.
+    held_until: (SegmentNumber, u64),
     dead: Vec<NodeLocation>,
     /// Level and first block of the nodes that calls have asked for.
     wanted: HashMap<NodeLocation, (u8, u64)>,
@@ -224,22 +179,45 @@ impl Map {
     /// A map that maps nothing.
     #[must_use]
     pub fn empty() -> Self {
-        Self::open(None, 0)
+        Self::open(None, 0, None)
     }
 
-    /// The map of a committed checkpoint: its root and its count of mapped blocks.
+    /// The map of a committed checkpoint: its root and its count of mapped blocks, and the root of
+    /// the snapshot that it descends from, see [`Self::set_parent_root`].
     #[must_use]
-    pub fn open(root: Option<NodeLocation>, mapped_blocks: u64) -> Self {
-        Self {
+    pub fn open(
+        root: Option<NodeLocation>,
+        mapped_blocks: u64,
+        parent_root: Option<NodeLocation>,
+    ) -> Self {
+        let mut map = Self {
             slab: Slab::default(),
             head: root.map_or(Slot::ABSENT, Slot::on_disk),
             generation: 1,
             mapped_blocks: if root.is_some() { mapped_blocks } else { 0 },
+            trees: VecDeque::new(),
             checkpoint: None,
+            running: 0,
+            unshared_from: 0,
+            snapshots_until: 0,
+            held_until: (SegmentNumber(0), 0),
             dead: Vec::new(),
             wanted: HashMap::new(),
             clock_hand: 0,
-        }
+        };
+        map.set_parent_root(parent_root);
+        map
+    }
+
+    /// Sets the snapshot that the head descends from. Nodes up to the end of its root, the newest
+    /// of its nodes, are *held*: they do not die when the head replaces them. Without a root,
+    /// none are. A snapshot that [`Self::freeze`] made takes this place by itself when the
+    /// checkpoint that holds it is finished; until then all nodes on disk are held.
+    pub fn set_parent_root(&mut self, root: Option<NodeLocation>) {
+        self.held_until = root.map_or((SegmentNumber(0), 0), |root| {
+            let end = u64::from(root.offset_bytes) + u64::from(root.len_bytes);
+            (root.segment, end)
+        });
     }
 
     /// Blocks of the head that are mapped.
@@ -428,6 +406,23 @@ impl Map {
         Ok(None)
     }
 
+    /// What [`Self::remove`] is to be called for next, when `from..end` is unmapped: the first blocks
+    /// there that one leaf maps, as block and count. The range ends with the leaf or at `end`, and
+    /// its leaf is in memory, so that the removal asks for no node. `None`: nothing is mapped.
+    ///
+    /// An unmap is logged in these pieces, so that the map is changed right after each.
+    pub fn next_unmap(
+        &mut self,
+        from: BlockNumber,
+        end: BlockNumber,
+    ) -> Result<Option<(BlockNumber, u32)>, NeedNode> {
+        let next = self.next_mapped(from, end)?;
+        Ok(next.map(|block| {
+            let leaf_end = first_of(block.0, 0) + LEAF_BLOCKS;
+            (block, (leaf_end.min(end.0) - block.0) as u32)
+        }))
+    }
+
     /// Takes the bytes of a node that a call asked for. Bytes that are not that node are refused;
     /// a node that is no longer wanted is dropped without a sound.
     pub fn supply(&mut self, location: NodeLocation, bytes: &[u8]) -> Result<(), NodeError> {
@@ -460,18 +455,16 @@ impl Map {
             idle += 1;
             let index = self.clock_hand % capacity;
             self.clock_hand = (index + 1) % capacity;
-            let (evictable, referenced) = {
-                let entry = self.slab.entry(index);
-                let here = !matches!(entry.body, Body::Free);
-                (
-                    here && self.is_clean(entry.state, entry.stamp),
-                    entry.referenced,
-                )
+            let entry = self.slab.entry(index);
+            let evictable = match (&entry.body, entry.state) {
+                (Body::Free, _) | (_, State::Dirty) => false,
+                (_, State::Clean) => true,
+                (_, State::Written) => !entry.superseded && entry.mark != self.running,
             };
             if !evictable {
                 continue;
             }
-            if referenced {
+            if entry.referenced {
                 self.slab.entry_mut(index).referenced = false;
                 idle = 0;
                 continue;
@@ -491,13 +484,14 @@ impl Map {
     }
 
     /// Appends the nodes that the checkpoint begun last, or the next one if none runs, does not
-    /// reach any more, and that were not reported before.
+    /// reach any more, that no snapshot has, and that were not reported before.
     pub fn take_dead_nodes(&mut self, out: &mut Vec<NodeLocation>) {
         out.append(&mut self.dead);
     }
 
     /// If the node of this level and first block is still the one at `location`, makes it dirty,
-    /// so that the next checkpoint writes it elsewhere, and returns true.
+    /// so that the next checkpoint writes it elsewhere, and returns true. A node that is held stays
+    /// where it is.
     pub fn relocate(
         &mut self,
         level: u8,
@@ -506,6 +500,9 @@ impl Map {
     ) -> Result<bool, NeedNode> {
         let first = first_block.0;
         if level > ROOT_LEVEL || first >= MAX_BLOCKS || first != first_of(first, level) {
+            return Ok(false);
+        }
+        if self.is_held(location) {
             return Ok(false);
         }
         let mut slot = self.head;
@@ -586,156 +583,5 @@ impl Map {
         self.slab
             .resolve(slot.handle)
             .ok_or_else(|| self.want(slot, level, block))
-    }
-
-    /// Whether the head may change the node as it is, and has its path to itself.
-    #[inline]
-    fn may_change(&self, index: u32) -> bool {
-        let entry = self.slab.entry(index);
-        entry.state == State::Dirty && (self.checkpoint.is_none() || entry.stamp == self.generation)
-    }
-
-    fn is_clean(&self, state: State, stamp: u32) -> bool {
-        match state {
-            State::Clean => true,
-            State::Dirty => false,
-            State::Written => self.checkpoint.is_none() || stamp != self.generation,
-        }
-    }
-
-    /// Makes the nodes of a block from the root down to `to_level` the head's own and dirty, and
-    /// makes those that are missing. All that exist are in memory. Returns the lowest one.
-    fn own_path(&mut self, block: u64, to_level: u8) -> u32 {
-        let mut parent: Option<u32> = None;
-        for level in (to_level..=ROOT_LEVEL).rev() {
-            let slot = match parent {
-                None => self.head,
-                Some(parent) => {
-                    let inner = self.slab.inner(parent);
-                    let place = inner.find(child_of(block, level + 1));
-                    place.map_or(Slot::ABSENT, |place| inner.slots()[place])
-                }
-            };
-            let owned = self.own(slot, level);
-            match parent {
-                None => self.head = owned,
-                Some(parent) => self.slab.change(parent, |entry| {
-                    let Body::Inner(inner) = &mut entry.body else {
-                        unreachable!("a parent is an inner node")
-                    };
-                    inner.set(child_of(block, level + 1), owned);
-                }),
-            }
-            parent = Some(owned.handle.index);
-        }
-        parent.expect("the loop runs at least once")
-    }
-
-    fn own(&mut self, mut slot: Slot, level: u8) -> Slot {
-        if slot.is_absent() {
-            let body = if level == 0 {
-                Body::Leaf(Leaf::empty())
-            } else {
-                Body::Inner(Box::default())
-            };
-            return Slot::in_memory(self.slab.insert(body, State::Dirty, self.generation));
-        }
-        let index = self
-            .slab
-            .resolve(slot.handle)
-            .expect("a node on a path to own is in memory");
-        if self.may_change(index) {
-            return slot;
-        }
-        let generation = self.generation;
-        if self.slab.entry(index).state == State::Dirty {
-            let body = self.slab.entry(index).body.clone();
-            self.slab.entry_mut(index).superseded = true;
-            return Slot::in_memory(self.slab.insert(body, State::Dirty, generation));
-        }
-        self.bury(&slot);
-        slot.clear_location();
-        self.slab.change(index, |entry| {
-            entry.state = State::Dirty;
-            entry.stamp = generation;
-        });
-        slot
-    }
-
-    /// Notes that the head no longer has the node at the slot's location.
-    fn bury(&mut self, slot: &Slot) {
-        let Some(location) = slot.location() else {
-            return;
-        };
-        let written_now = self.slab.resolve(slot.handle).is_some_and(|index| {
-            let entry = self.slab.entry(index);
-            entry.state == State::Written && entry.stamp == self.generation
-        });
-        match &mut self.checkpoint {
-            None => self.dead.push(location),
-            Some(running) if written_now => running.dead_written.push(location),
-            Some(running) => running.dead.push(location),
-        }
-    }
-
-    /// Takes the leaf of a block out of the tree, and the inner nodes that have no other child.
-    fn drop_leaf(&mut self, block: u64) {
-        self.own_path(block, 1);
-        for level in 1..=ROOT_LEVEL {
-            let parent = self
-                .head_slot(level, block)
-                .expect("the path was just made")
-                .handle
-                .index;
-            let slot = self.slab.change(parent, |entry| {
-                let Body::Inner(inner) = &mut entry.body else {
-                    unreachable!("a parent is an inner node")
-                };
-                inner.remove(child_of(block, level))
-            });
-            self.bury(&slot);
-            if let Some(index) = self.slab.resolve(slot.handle) {
-                let frozen =
-                    self.slab.entry(index).state == State::Dirty && !self.may_change(index);
-                if frozen {
-                    self.slab.entry_mut(index).superseded = true;
-                } else {
-                    self.slab.remove(index);
-                }
-            }
-            if !self.slab.inner(parent).slots().is_empty() {
-                return;
-            }
-        }
-        let root = self.head.handle.index;
-        self.slab.remove(root);
-        self.head = Slot::ABSENT;
-    }
-
-    /// The head's slot for a node, if the path to it is in memory.
-    fn head_slot(&self, level: u8, block: u64) -> Option<Slot> {
-        let mut slot = self.head;
-        for at in (level + 1..=ROOT_LEVEL).rev() {
-            let inner = self.slab.inner(self.slab.resolve(slot.handle)?);
-            slot = inner.slots()[inner.find(child_of(block, at))?];
-        }
-        (!slot.is_absent()).then_some(slot)
-    }
-
-    /// Changes the slot that [`Self::head_slot`] finds.
-    fn edit_head_slot(&mut self, level: u8, block: u64, edit: impl FnOnce(&mut Slot)) {
-        if level == ROOT_LEVEL {
-            edit(&mut self.head);
-            return;
-        }
-        let parent = self
-            .head_slot(level + 1, block)
-            .and_then(|s| self.slab.resolve(s.handle));
-        let parent = parent.expect("the slot was found before");
-        let inner = self.slab.inner_mut(parent);
-        let place = inner
-            .find(child_of(block, level + 1))
-            .expect("the slot was found before");
-        edit(&mut inner.slots_mut()[place]);
     }
 }

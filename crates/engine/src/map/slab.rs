@@ -27,10 +27,10 @@ impl Handle {
 pub(super) enum State {
     /// On disk as it is in memory; the parent's slot has the location.
     Clean,
-    /// Changed since it was read or made. While a checkpoint runs: frozen if its stamp is older
-    /// than the map's generation, and then only the checkpoint changes its slots' locations.
+    /// Changed since it was read or made. Frozen if a tree was frozen since its stamp, and then only
+    /// the checkpoint changes it: its slots' locations.
     Dirty,
-    /// Written by the checkpoint of the generation in the stamp; clean once that one is finished.
+    /// Written by the checkpoint in the mark; clean once that one is finished.
     Written,
 }
 
@@ -45,16 +45,24 @@ pub(super) enum Body {
 pub(super) struct Entry {
     pub body: Body,
     generation: u32,
-    /// The map's generation when the node was made dirty (or written, in that state).
+    /// The map's generation when the node was made dirty: trees frozen since have it, until the head
+    /// superseded it.
     pub stamp: u32,
+    /// Superseded: the map's generation when that happened. Else, if written: the checkpoint.
+    pub mark: u32,
     pub state: State,
     /// Used since the clock's hand came by.
     pub referenced: bool,
-    /// The head has another node in this place; only the running checkpoint still needs this one.
+    /// The head has another node in this place, or none; only frozen trees still need this one.
     pub superseded: bool,
 }
 
 impl Entry {
+    /// The generation of the first tree that does not have the node any more.
+    pub fn until(&self) -> u32 {
+        if self.superseded { self.mark } else { u32::MAX }
+    }
+
     /// Bytes of memory the node takes, its place in the slab included.
     pub fn bytes(&self) -> usize {
         size_of::<Self>()
@@ -128,6 +136,7 @@ impl Slab {
         entry.body = body;
         entry.state = state;
         entry.stamp = stamp;
+        entry.mark = 0;
         entry.referenced = true;
         entry.superseded = false;
         let (bytes, generation) = (entry.bytes(), entry.generation);
@@ -148,6 +157,7 @@ impl Slab {
             body: Body::Free,
             generation: 0,
             stamp: 0,
+            mark: 0,
             state: State::Clean,
             referenced: false,
             superseded: false,

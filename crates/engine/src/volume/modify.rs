@@ -15,7 +15,7 @@ use super::{BLOCK, RequestFailed, Slot, Step, Volume, VolumeOp, Work, bufs_len};
 use crate::crc::crc32c;
 use crate::io::{AlignedBuf, Io, IoBuf, Op};
 use crate::log::{AppendError, Log, Now};
-use crate::map::{Extent, LEAF_BLOCKS};
+use crate::map::Extent;
 use crate::types::{Address, BLOCK_BYTES, BlockNumber};
 
 /// A request that changes the volume: copies and unmaps, one after the other.
@@ -372,21 +372,11 @@ impl Volume {
         /// Leaves that one turn may change, so that others get theirs.
         const LEAVES_A_TURN: u32 = 64;
         for _ in 0..LEAVES_A_TURN {
-            let mut need = |volume: &mut Self, need: crate::map::NeedNode| {
-                Pause::Park(volume.park_for_node(io, slot, need.0))
-            };
-            let Some(block) = self
-                .map
-                .next_mapped(*next, end)
-                .map_err(|node| need(self, node))?
-            else {
+            let piece = self.map.next_unmap(*next, end);
+            let piece = piece.map_err(|need| Pause::Park(self.park_for_node(io, slot, need.0)))?;
+            let Some((block, count)) = piece else {
                 return Ok(());
             };
-            let leaf_end = (block.0 / LEAF_BLOCKS + 1) * LEAF_BLOCKS;
-            let count = (leaf_end.min(end.0) - block.0) as u32;
-            self.map
-                .ensure_resident(block, count)
-                .map_err(|node| need(self, node))?;
             *next = block;
             self.prepare(io, slot, 0, now)?;
             self.log_mut().append_unmap(block, count, now);

@@ -61,7 +61,7 @@ pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), Vol
     };
     let mut io = BlockingIo::new(io, spec.device);
     let mut replay = Replay {
-        map: Map::open(spec.checkpoint.root, spec.mapped_blocks),
+        map: Map::open(spec.checkpoint.root, spec.mapped_blocks, None),
         space: SpaceTable::new(&spec.segments),
         displaced: Vec::new(),
         budget: Arc::clone(&spec.map_budget),
@@ -257,13 +257,8 @@ impl Replay {
     ) -> Result<(), VolumeError> {
         let end = block.plus(u64::from(count));
         let mut from = block;
-        while let Some(next) = self.resolve(io, |map, _| map.next_mapped(from, end))? {
-            let leaf_end = (next.0 / crate::map::LEAF_BLOCKS + 1) * crate::map::LEAF_BLOCKS;
-            let count = (leaf_end.min(end.0) - next.0) as u32;
-            self.resolve(io, |map, displaced| {
-                map.ensure_resident(next, count)?;
-                map.remove(next, count, displaced)
-            })?;
+        while let Some((next, count)) = self.resolve(io, |map, _| map.next_unmap(from, end))? {
+            self.resolve(io, |map, displaced| map.remove(next, count, displaced))?;
             from = next.plus(u64::from(count));
         }
         Ok(())

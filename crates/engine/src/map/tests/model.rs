@@ -302,7 +302,7 @@ impl Harness {
                     blocks,
                     nodes,
                 } = self.committed.clone();
-                self.map = Map::open(root, blocks.len() as u64);
+                self.map = Map::open(root, blocks.len() as u64, None);
                 self.blocks = blocks;
                 self.live = nodes;
                 self.frozen = None;
