@@ -23,10 +23,11 @@ from uuid import UUID
 
 from vhostd.errors import DeviceError, NotFoundError
 from vhostd.storage.check.files import SegmentFiles
-from vhostd.storage.check.log import LogCheck
-from vhostd.storage.check.map import MapCheck
-from vhostd.storage.check.place import VolumeIdentity
+from vhostd.storage.check.log import BadData, LogCheck
+from vhostd.storage.check.map import Family, MapCheck
+from vhostd.storage.check.place import RESTORE, VolumeIdentity
 from vhostd.storage.check.report import CheckReport, Findings, VolumeReport
+from vhostd.storage.check.tree import Target
 from vhostd.storage.format import (
     BLOCK_BYTES,
     CATALOG_FILE,
@@ -35,7 +36,7 @@ from vhostd.storage.format import (
     LOCK_FILE,
     SEGMENTS_DIRECTORY,
     SUPERBLOCK_FILE,
-    CatalogSnapshot,
+    CatalogContents,
     CatalogVolume,
     FormatError,
     Place,
@@ -50,7 +51,7 @@ __all__ = ["check_device"]
 
 MAX_LOOKS = 4
 LOST_CATALOG = (
-    "keep the whole directory as it is, and restore the catalog from a copy of the device"
+    "`vhostctl pool rebuild-catalog` makes a new one out of the segments; the old file is kept"
 )
 
 Progress = Callable[[int, int], None]
@@ -130,7 +131,7 @@ class _Stray:
 class _View:
     """The catalog, and what the directory holds beside it, at about one moment."""
 
-    catalog: CatalogSnapshot
+    catalog: CatalogContents
     strays: dict[int, _Stray]
     strangers: list[Path]
 
@@ -192,7 +193,7 @@ class _DeviceCheck:
         self._findings.add("error", "superblock", text, action, file=str(path), offset_bytes=0)
         return None
 
-    def _read_catalog(self) -> CatalogSnapshot | None:
+    def _read_catalog(self) -> CatalogContents | None:
         path = self._directory / CATALOG_FILE
         action = LOST_CATALOG
         try:
@@ -214,7 +215,7 @@ class _DeviceCheck:
         self._findings.add("error", "catalog", text, action, file=str(path))
         return None
 
-    def _compare(self, superblock: Superblock, catalog: CatalogSnapshot) -> None:
+    def _compare(self, superblock: Superblock, catalog: CatalogContents) -> None:
         pool = catalog.pool
         pairs = (
             ("pool's UUID", superblock.pool, pool.uuid),
@@ -238,7 +239,7 @@ class _DeviceCheck:
 
     # With a catalog
 
-    def _check_catalogued(self, catalog: CatalogSnapshot, only: str | None) -> None:
+    def _check_catalogued(self, catalog: CatalogContents, only: str | None) -> None:
         names = [volume.name for volume in catalog.volumes]
         if only is not None and only not in names:
             raise NotFoundError(
@@ -255,7 +256,7 @@ class _DeviceCheck:
         if only is None:
             self._check_strays(view)
 
-    def _view(self, catalog: CatalogSnapshot) -> _View:
+    def _view(self, catalog: CatalogContents) -> _View:
         """Reads the headers of what the catalog does not name."""
         try:
             numbers, strangers = self._files.list()
@@ -334,7 +335,7 @@ class _DeviceCheck:
         identity = VolumeIdentity(
             view.catalog.pool.uuid, volume.uuid, volume.epoch, self._segment_bytes
         )
-        live = self._check_map(volume, identity, findings, report)
+        live = self._check_map(volume, view.catalog, identity, findings, report)
         point = volume.checkpoint.segment if volume.checkpoint else 0
         log_rows = {row.number: row for row in volume.segments if row.kind == KIND_LOG}
         newer = {
@@ -352,23 +353,29 @@ class _DeviceCheck:
             self._summary,
             data=self._data,
             in_use=self._live,
+            maps_whole=live.whole,
+            removing_whole=live.removing_whole,
         )
         for number in sorted((*log_rows, *newer)):
             log.segment(number, log_rows.get(number))
             self._advance()
         log.finish()
+        log.notes.compare(volume)
         live.tell_differences(log.suspects, log_rows)
+        _tell_bad_data(log.bad_data, live, volume, findings)
         return findings, report
 
     def _check_map(
         self,
         volume: CatalogVolume,
+        catalog: CatalogContents,
         identity: VolumeIdentity,
         findings: Findings,
         report: VolumeReport,
     ) -> MapCheck:
         rows = {row.number: row for row in volume.segments if row.kind == KIND_MAP}
-        check = MapCheck(identity, volume, rows, self._files, findings, report, self._summary)
+        family = _family(volume, catalog)
+        check = MapCheck(identity, volume, family, self._files, findings, report, self._summary)
         check.walk()
         for number, row in rows.items():
             self._summary.segments += 1
@@ -483,6 +490,8 @@ class _DeviceCheck:
             for number in log_numbers:
                 log.segment(number, None)
                 self._advance()
+            log.notes.compare(None)
+            _tell_bad_data(log.bad_data, None, None, findings)
             self._report.volumes.append(report)
             findings.into(self._report)
 
@@ -507,3 +516,71 @@ class _DeviceCheck:
 
 def _covered_segment(volume: CatalogVolume) -> int:
     return volume.checkpoint.segment if volume.checkpoint else 0
+
+
+def _family(volume: CatalogVolume, catalog: CatalogContents) -> Family:
+    by_uuid = {other.uuid: other for other in catalog.volumes if other.state == "present"}
+    ancestors: list[CatalogVolume] = []
+    at = volume
+    while at.origin is not None and (parent := by_uuid.get(at.origin[0])) is not None:
+        if parent in ancestors or parent is volume:
+            break  # a damaged catalog
+        ancestors.append(parent)
+        at = parent
+    clones: list[CatalogVolume] = []
+    parents = {volume.uuid}
+    while True:
+        more = [
+            other
+            for other in by_uuid.values()
+            if other.origin is not None and other.origin[0] in parents and other not in clones
+        ]
+        more = [other for other in more if other is not volume]
+        if not more:
+            return Family(tuple(ancestors), tuple(clones))
+        clones += more
+        parents = {other.uuid for other in more}
+
+
+def _tell_bad_data(
+    bad_data: list[BadData],
+    maps: MapCheck | None,
+    volume: CatalogVolume | None,
+    findings: Findings,
+) -> None:
+    """Reports damaged blocks with who reads them, one finding for blocks in a row with the same
+    readers. Blocks that no checkpoint covers are the head's."""
+    blocks = sorted(
+        (bad.block + index, bad.segment, bad.offset + index, bad.file)
+        for bad in bad_data
+        for index in range(bad.count)
+    )
+    readers = [list[str]()] * len(blocks)
+    if maps is not None and volume is not None:
+        targets = [Target(block, segment << 13 | at) for block, segment, at, _ in blocks]
+        readers = [found or [volume.name] for found in maps.readers(targets)]
+    at = 0
+    while at < len(blocks):
+        block, segment, offset, file = blocks[at]
+        count = 1
+        while (
+            at + count < len(blocks)
+            and blocks[at + count] == (block + count, segment, offset + count, file)
+            and readers[at + count] == readers[at]
+        ):
+            count += 1
+        who = ", ".join(readers[at][:5]) + (" and others" if len(readers[at]) > 5 else "")
+        findings.add(
+            "error",
+            "data-damaged",
+            f"{count} blocks of data at block {offset} of segment {segment} do not match their "
+            "checksums" + (f"; read by {who}" if who else ""),
+            f"{RESTORE}: reading it gives I/O errors, never wrong bytes",
+            file=file,
+            segment=segment,
+            offset_bytes=offset * BLOCK_BYTES,
+            volume_offset_bytes=block * BLOCK_BYTES,
+            length_bytes=count * BLOCK_BYTES,
+            readers=readers[at],
+        )
+        at += count

@@ -13,11 +13,16 @@ the same blocks. Equal sums: both sides say the same of every block, but for a c
 2^-64. The sum is linear, so runs of blocks cost a few operations, whatever way either side cuts
 them.
 
+Snapshots and clones reach the same block through other leaves. Each further time that a run is
+met is counted (4 bytes a block, only in segments where it happens), and summed apart, so that every
+leaf is compared with the records.
+
 Only for a segment where the sums differ, the map is walked again to tell which blocks it is.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterator
 
 from vhostd.storage.format import MAX_SEGMENT_BLOCKS
@@ -68,26 +73,51 @@ def runs_of(bits: int) -> Iterator[tuple[int, int]]:
 
 
 class LiveBlocks:
-    """One log segment as the map has it, or as records have it."""
+    """One log segment as maps have it, or as records have it.
 
-    __slots__ = ("bits", "sum")
+    bits: blocks that are reached. held: those of them that something else than a snapshot that is
+    being removed reaches. again: how many more times each is reached.
+    """
+
+    __slots__ = ("again", "again_sum", "bits", "held", "sum")
 
     def __init__(self) -> None:
         self.bits = 0
+        self.held = 0
         self.sum = 0
+        self.again: array[int] | None = None
+        self.again_sum = 0
 
-    def add(self, block: int, offset: int, count: int, checksums: bytes) -> bool:
-        """Adds a run of at least one block; False: some of it is there already."""
+    def add(
+        self, block: int, offset: int, count: int, checksums: bytes, *, held: bool = True
+    ) -> None:
+        """Adds a run of at least one block."""
         mask = ((1 << count) - 1) << offset
-        if self.bits & mask:
-            return False
+        if held:
+            self.held |= mask
+        twice = (self.bits & mask) >> offset
+        if twice:
+            self._add_again(twice, block, offset, checksums)
+        for start, length in runs_of(mask >> offset & ~twice):
+            part = checksums[4 * start : 4 * (start + length)]
+            self.sum = (self.sum + digest(block + start, offset + start, length, part)) % _PRIME
         self.bits |= mask
-        self.sum = (self.sum + digest(block, offset, count, checksums)) % _PRIME
-        return True
 
-    def add_where(self, wanted: int, block: int, offset: int, count: int, checksums: bytes) -> None:
-        """Adds those blocks of the run that are in the bitmap `wanted`."""
-        part = wanted >> offset & ((1 << count) - 1)
+    def _add_again(self, twice: int, block: int, offset: int, checksums: bytes) -> None:
+        if self.again is None:
+            self.again = array("I", bytes(4 * MAX_SEGMENT_BLOCKS))
+        for start, length in runs_of(twice):
+            part = checksums[4 * start : 4 * (start + length)]
+            value = digest(block + start, offset + start, length, part)
+            self.again_sum = (self.again_sum + value) % _PRIME
+            for index in range(offset + start, offset + start + length):
+                self.again[index] += 1
+
+    def add_where(
+        self, wanted: LiveBlocks, block: int, offset: int, count: int, checksums: bytes
+    ) -> None:
+        """Adds those blocks of the run that `wanted` has, as often as it has them."""
+        part = wanted.bits >> offset & ((1 << count) - 1)
         for start, length in runs_of(part):
             self.add(
                 block + start,
@@ -95,6 +125,17 @@ class LiveBlocks:
                 length,
                 checksums[4 * start : 4 * (start + length)],
             )
+        if wanted.again is None:
+            return
+        for index, times in enumerate(wanted.again[offset : offset + count]):
+            if times:
+                checksum = checksums[4 * index : 4 * index + 4]
+                value = times * digest(block + index, offset + index, 1, checksum)
+                self.again_sum = (self.again_sum + value) % _PRIME
+
+    def says_the_same(self, other: LiveBlocks) -> bool:
+        """Both sides have the same blocks, and the same of each."""
+        return (self.bits, self.sum, self.again_sum) == (other.bits, other.sum, other.again_sum)
 
     @property
     def count(self) -> int:

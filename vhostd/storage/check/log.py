@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from vhostd.storage.check.files import SegmentFile, SegmentFiles
 from vhostd.storage.check.live import LiveBlocks, runs_of
+from vhostd.storage.check.notes import NoteCheck
 from vhostd.storage.check.place import (
     RESTORE,
     VolumeIdentity,
@@ -29,6 +30,7 @@ from vhostd.storage.check.place import (
     check_trailer,
 )
 from vhostd.storage.check.report import CheckSummary, Findings, Severity, VolumeReport
+from vhostd.storage.check.space import LogCounts, compare_counts
 from vhostd.storage.format import (
     BLOCK_BYTES,
     KIND_LOG,
@@ -46,9 +48,10 @@ from vhostd.storage.format import (
     parse_trailer,
 )
 
-__all__ = ["LogCheck", "Suspect"]
+__all__ = ["BadData", "LogCheck", "Suspect"]
 
 MAX_SUSPECTS = 64
+MAX_BAD_DATA = 1000
 NO_CHECKPOINT = CatalogCheckpoint(b"", 0, 0, 0, 0, 0, 0)
 
 REOPEN = "open the volume once: recovery ends the log there"
@@ -68,12 +71,24 @@ class Suspect:
     checksums: array[int] = field(default_factory=lambda: array("I", [0]) * MAX_SEGMENT_BLOCKS)
 
 
+@dataclass(frozen=True, slots=True)
+class BadData:
+    """Blocks of live data that do not match their checksums. offset: in their segment, blocks."""
+
+    file: str
+    segment: int
+    offset: int
+    block: int
+    count: int
+
+
 @dataclass(slots=True)
 class _Segment:
     """The segment that is being read.
 
-    covered_blocks: the checkpoint covers the blocks before. live: what the map reaches; seen:
-    what of it records have. epoch: 0 while nothing readable has named it.
+    covered_blocks: the checkpoint covers the blocks before. live: what maps reach; seen: what of it
+    records have. counts: what the catalog's row has to agree with. epoch: 0 while nothing readable
+    has named it.
     """
 
     file: SegmentFile
@@ -81,6 +96,7 @@ class _Segment:
     covered_blocks: int
     live: LiveBlocks
     seen: LiveBlocks
+    counts: LogCounts
     epoch: int = 0
     sealed: bool = False
     end_blocks: int = 1
@@ -113,7 +129,13 @@ class LogCheck:
         data: bool,
         in_use: bool,
         catalogued: bool = True,
+        maps_whole: bool = True,
+        removing_whole: bool = True,
     ) -> None:
+        self.notes = NoteCheck(findings)
+        self.bad_data: list[BadData] = []
+        self._maps_whole = maps_whole
+        self._removing_whole = removing_whole
         self._identity = identity
         self._checkpoint = checkpoint or NO_CHECKPOINT
         self._live = live
@@ -179,6 +201,7 @@ class LogCheck:
             covered_blocks,
             self._live.get(file.number) or LiveBlocks(),
             LiveBlocks(),
+            LogCounts(row, file.path, self._findings),
         )
         header = check_header(file, self._identity, KIND_LOG, self._findings)
         if header is not None:
@@ -477,7 +500,15 @@ class LogCheck:
         for block, offset, count, checksums in summary.data_pieces():
             self._summary.blocks += count
             if covered:
-                segment.seen.add_where(segment.live.bits, block, offset, count, checksums)
+                segment.counts.add_data(offset, count)
+                segment.seen.add_where(segment.live, block, offset, count, checksums)
+        if covered:
+            segment.counts.unmaps += sum(entry.is_unmap for entry in summary.entries)
+        for offset, count, checksums in summary.note_pieces():
+            note_blocks = segment.file.read_blocks(offset, count)
+            note = self.notes.read(segment.file, offset, note_blocks, checksums, covered=covered)
+            if covered:
+                segment.counts.add_note(note, count)
         if content is not None:
             self._check_data(segment, summary, content, covered)
         if segment.row is not None:
@@ -502,6 +533,14 @@ class LogCheck:
                     bad |= 1 << index
             if not bad:
                 continue
+            if covered:
+                # Punched blocks read as zeroes, and only dead ones may be.
+                for index in range(count):
+                    start = at + index * BLOCK_BYTES
+                    if segment.counts.is_dead(offset + index) and is_zero(
+                        content[start : start + BLOCK_BYTES]
+                    ):
+                        bad &= ~(1 << index)
             reached = (segment.live.bits >> offset) & bad if covered else bad
             for bits, is_live in ((reached, True), (bad & ~reached, False)):
                 for start, length in runs_of(bits):
@@ -510,6 +549,11 @@ class LogCheck:
     def _add_bad_data(
         self, segment: _Segment, block: int, offset: int, count: int, is_live: bool
     ) -> None:
+        if is_live and len(self.bad_data) < MAX_BAD_DATA:
+            # Who reads it is told when all of the log was read.
+            bad = BadData(segment.file.path, segment.number, offset, block, count)
+            self.bad_data.append(bad)
+            return
         what = "data" if is_live else "data that nothing reads any more"
         self._findings.add(
             "error" if is_live else "warning",
@@ -562,20 +606,13 @@ class LogCheck:
                 file=segment.file.path,
                 segment=segment.number,
             )
-        if segment.live.count != row.live:
-            # Too few are worse: at 0 the segment is removed.
-            self._findings.add(
-                "error" if segment.live.count > row.live else "warning",
-                "live-count-differs",
-                f"the map reaches {segment.live.count} blocks of segment {segment.number}, and the "
-                f"catalog has {row.live}",
-                "report this with the log: the accounting of space is wrong",
-                file=segment.file.path,
-                segment=segment.number,
-            )
+        if self._maps_whole:
+            compare_counts(segment.counts, segment.live, removing_whole=self._removing_whole)
+        self._report.dead_blocks += segment.counts.dead.bit_count()
+        self._report.punched_blocks += row.punched_blocks
 
     def _compare_with_map(self, segment: _Segment) -> None:
-        if segment.seen.bits == segment.live.bits and segment.seen.sum == segment.live.sum:
+        if segment.seen.says_the_same(segment.live):
             return
         if len(self.suspects) >= MAX_SUSPECTS:
             self._error(

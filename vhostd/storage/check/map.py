@@ -1,59 +1,67 @@
-"""Checks the map of one volume: the tree of the committed checkpoint, node by node, in block order.
+"""Checks the maps of one volume: the trees of the committed checkpoint and of all snapshots.
 
-The walk leaves what the tree says of each log segment (`live.LiveBlocks`) for the pass over the
-log, and counts the bytes of nodes in each map segment. It keeps one path of the tree in memory.
-One `MapCheck` a volume and a look at it; not shared between threads.
+What the trees say of each log segment (`live.LiveBlocks`) is left for the pass over the log, and
+which nodes of each map segment they reach is compared with its dead set. Clones of the volume's
+snapshots are walked too, as far as they differ, since they read the same segments; what is wrong
+with their own nodes is told when they are checked themselves. One `MapCheck` a volume and a look at
+it; not shared between threads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from vhostd.storage.check.files import SegmentFiles
 from vhostd.storage.check.live import LiveBlocks
 from vhostd.storage.check.log import Suspect
-from vhostd.storage.check.place import RESTORE, VolumeIdentity, check_header
+from vhostd.storage.check.place import REBUILD, REPORT, VolumeIdentity, check_header
 from vhostd.storage.check.report import CheckSummary, Findings, VolumeReport
+from vhostd.storage.check.tree import Forest, Root, Target
 from vhostd.storage.format import (
     BLOCK_BYTES,
     KIND_LOG,
     KIND_MAP,
-    ROOT_LEVEL,
     CatalogSegment,
     CatalogVolume,
     FormatError,
     MapRun,
-    Node,
     NodeLocation,
     Place,
     node_span_blocks,
-    parse_node,
-    parse_root,
+    parse_dead_nodes,
 )
 
-__all__ = ["MapCheck"]
-
-REPORT = "report this with the log: the accounting of space is wrong"
+__all__ = ["Family", "MapCheck"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Visit:
-    """A node that is to be read, and what it has to be."""
+class Family:
+    """ancestors: volumes that this one is a clone of, nearest first. clones: those of it, of any
+    depth."""
 
-    location: NodeLocation
-    level: int
-    first_block: int
+    ancestors: tuple[CatalogVolume, ...] = ()
+    clones: tuple[CatalogVolume, ...] = ()
+
+
+@dataclass(slots=True)
+class _Nodes:
+    """Nodes that are reached in one map segment: (offset, length). held: by more than a snapshot
+    that is being removed."""
+
+    held: list[tuple[int, int]] = field(default_factory=list)
+    others: list[tuple[int, int]] = field(default_factory=list)
 
 
 class MapCheck:
-    """One look at a volume's map."""
+    """One look at a volume's maps."""
 
     def __init__(
         self,
         identity: VolumeIdentity,
         volume: CatalogVolume,
-        rows: Mapping[int, CatalogSegment],
+        family: Family,
         files: SegmentFiles,
         findings: Findings,
         report: VolumeReport,
@@ -61,57 +69,88 @@ class MapCheck:
     ) -> None:
         self._identity = identity
         self._volume = volume
-        self._rows = rows
+        self._family = family
         self._files = files
         self._findings = findings
         self._report = report
         self._summary = summary
-        self._node_bytes: dict[int, int] = {}
-        self._whole = True
+        relatives = (volume, *family.ancestors, *family.clones)
+        map_rows = {s.number: s for v in relatives for s in v.segments if s.kind == KIND_MAP}
+        self._forest = Forest(files, map_rows)
+        self._own_logs = {row.number for row in volume.segments if row.kind == KIND_LOG}
+        self._own_maps = {row.number for row in volume.segments if row.kind == KIND_MAP}
+        self._foreign_logs = {
+            row.number for v in family.ancestors for row in v.segments if row.kind == KIND_LOG
+        }
+        self._nodes: dict[int, _Nodes] = {}
+        # What the walk is at.
+        self._root = Root(volume.name, b"")
+        self._held = True
+        self._beyond_blocks = 0
+        self._beyond_size_blocks = 0
+        self._unknown: dict[int, int] = {}
+        # All trees that must be readable were; so were those of snapshots that are being removed,
+        # of which a crash may have left nothing.
+        self.whole = True
+        self.removing_whole = True
         self.blocks: dict[int, LiveBlocks] = {}
 
     def walk(self) -> None:
-        """Walks the whole tree."""
+        """Walks all trees of the volume."""
         point = self._volume.checkpoint
-        if point is None:
-            return
-        mapped_blocks = 0
-        beyond_blocks = 0
-        size_blocks = -(-self._volume.size_bytes // BLOCK_BYTES)
-        for run in self._runs(self._count_node):
-            mapped_blocks += run.count
-            beyond_blocks += min(run.count, max(0, run.block + run.count - size_blocks))
-            self._add_run(run)
-        self._report.mapped_blocks = mapped_blocks
-        if self._whole and mapped_blocks != point.mapped_blocks:
-            self._findings.add(
-                "error",
-                "mapped-blocks-differ",
-                f"the map holds {mapped_blocks} blocks, and the catalog has {point.mapped_blocks}",
-                REPORT,
-            )
-        if beyond_blocks:
+        head = Root(self._volume.name, point.root if point else b"")
+        self._beyond_size_blocks = -(-self._volume.size_bytes // BLOCK_BYTES)
+        self._report.mapped_blocks = self._walk(head, point.mapped_blocks if point else 0)
+        if self._beyond_blocks:
             self._findings.add(
                 "warning",
                 "map-beyond-size",
-                f"the map holds {beyond_blocks} blocks behind the volume's end at "
+                f"the map holds {self._beyond_blocks} blocks behind the volume's end at "
                 f"{self._volume.size_bytes} bytes",
                 "discard them before the volume is made larger: they would show again",
                 volume_offset_bytes=self._volume.size_bytes,
             )
+        self._beyond_size_blocks = 1 << 62
+        # What is being removed comes last, so that what it alone reaches is known.
+        ordered = sorted(self._volume.snapshots, key=lambda s: (s.state == "removing", -s.position))
+        for snapshot in ordered:
+            if snapshot.state != "pending":
+                self._held = snapshot.state != "removing"
+                self._report.snapshots += 1
+                self._walk(
+                    Root(_name(self._volume, snapshot.name), snapshot.root), snapshot.mapped_blocks
+                )
+        self._held = True
         self._find_unknown_segments()
+        self._add_bad_nodes()
+        self._walk_clones()
+
+    def readers(self, targets: Sequence[Target]) -> list[list[str]]:
+        """For each of the targets (ascending by block), who reads it."""
+        return self._forest.readers(self._roots(removing=False), targets)
+
+    def _roots(self, *, removing: bool) -> list[Root]:
+        """Everything that reads the volume's segments."""
+        found = []
+        for volume in (self._volume, *self._family.clones):
+            if volume.checkpoint is not None:
+                found.append(Root(volume.name, volume.checkpoint.root))
+            for snapshot in volume.snapshots:
+                if removing or snapshot.state != "removing":
+                    found.append(Root(_name(volume, snapshot.name), snapshot.root))
+        return found
 
     def segment(self, number: int, row: CatalogSegment) -> None:
         """Checks a map segment's header, and its count of live bytes."""
         try:
-            check_header(self._files.get(number), self._identity, KIND_MAP, self._findings)
+            check_header(self._files.get(number), self._identity, KIND_MAP, self._findings, REBUILD)
         except FileNotFoundError:
             path = str(self._files.path(number))
             self._findings.add(
                 "error",
                 "segment-missing",
                 f"map segment {number} is in the catalog and its file {path} does not exist",
-                "put the file back if it was moved; else " + RESTORE,
+                "put the file back if it was moved; else " + REBUILD,
                 file=path,
                 segment=number,
             )
@@ -125,16 +164,8 @@ class MapCheck:
             )
         finally:
             self._files.drop(number)
-        live_bytes = self._node_bytes.get(number, 0)
-        if self._whole and live_bytes != row.live:
-            self._findings.add(
-                "error" if live_bytes > row.live else "warning",
-                "live-count-differs",
-                f"{live_bytes} bytes of nodes in map segment {number} are in use, and the catalog "
-                f"has {row.live}",
-                REPORT,
-                segment=number,
-            )
+        if self.whole:
+            self._compare_dead(number, row)
 
     def tell_differences(
         self, suspects: Mapping[int, Suspect], log_rows: Mapping[int, CatalogSegment]
@@ -142,171 +173,284 @@ class MapCheck:
         """Walks again, to tell which blocks of the suspected segments differ from their records."""
         if not suspects:
             return
-        explained: set[int] = set()
-        for run in self._runs(None):
-            suspect = suspects.get(run.segment)
-            if suspect is None:
-                continue
-            for index in range(run.count):
-                at = run.offset_blocks + index
-                if at >= len(suspect.blocks):
-                    break
-                block = run.block + index
-                checksum = int.from_bytes(run.checksums[4 * index : 4 * index + 4], "little")
-                if suspect.blocks[at] == block and suspect.checksums[at] == checksum:
-                    continue
-                explained.add(run.segment)
-                if suspect.blocks[at] == Suspect.unknown:
-                    text = "where no record covered by the checkpoint has data"
-                elif suspect.blocks[at] != block:
-                    text = f"where a record has block {suspect.blocks[at]}"
-                else:
-                    text = (
-                        f"with checksum {checksum:#010x}, and the record has "
-                        f"{suspect.checksums[at]:#010x}"
-                    )
-                self._findings.add(
-                    "error",
-                    "map-differs",
-                    f"the map has block {block} of the volume at block {at} of segment "
-                    f"{run.segment}, {text}",
-                    RESTORE,
-                    segment=run.segment,
-                    offset_bytes=at * BLOCK_BYTES,
-                    volume_offset_bytes=block * BLOCK_BYTES,
-                    length_bytes=BLOCK_BYTES,
-                )
-        for number in sorted(suspects.keys() - explained):
+        again = _Differences(suspects, self._findings)
+        rows = {
+            row.number: row
+            for volume in (self._volume, *self._family.ancestors, *self._family.clones)
+            for row in volume.segments
+            if row.kind == KIND_MAP
+        }
+        forest = Forest(self._files, rows)
+        for root in self._roots(removing=True):
+            try:
+                forest.walk(root, again)
+            except FormatError:
+                continue  # told by `walk`
+        for number in sorted(suspects.keys() - again.explained):
             self._findings.add(
                 "error",
                 "map-differs",
                 f"the map and the records of segment {number} do not agree, and no single block "
                 "tells why",
-                RESTORE if number in log_rows else REPORT,
+                REBUILD if number in log_rows else REPORT,
                 segment=number,
             )
 
-    # The tree
+    # Trees
 
-    def _runs(self, count_node: Callable[[NodeLocation], None] | None) -> Iterator[MapRun]:
-        """The mapped runs in block order. With `count_node`, tells what is wrong on the way."""
-        point = self._volume.checkpoint
-        if point is None or not point.root:
-            return
+    def _walk(self, root: Root, expected_blocks: int) -> int:
+        self._root = root
         try:
-            root = parse_root(point.root, Place(f"catalog, volume {self._volume.name}"))
+            mapped_blocks, whole = self._forest.walk(root, self)
         except FormatError as error:
-            self._whole = False
-            if count_node:
-                self._findings.add(
-                    "error",
-                    "map-root",
-                    f"the catalog names no node as the root of the map: {error.brief}",
-                    RESTORE,
-                )
-            return
-        stack = [_Visit(root, ROOT_LEVEL, 0)]
-        while stack:
-            visit = stack.pop()
-            try:
-                place, content = self._read_node(visit.location)
-                node = parse_node(content, place, visit.location)
-                _check_place(node, visit, place)
-            except (FormatError, OSError) as error:
-                self._whole = False
-                if count_node:
-                    self._add_bad_node(visit, error)
-                continue
-            if count_node:
-                count_node(visit.location)
-            yield from node.runs
-            span_blocks = node_span_blocks(node.level - 1) if node.level else 0
-            for index, location in reversed(node.children):
-                stack.append(
-                    _Visit(location, node.level - 1, node.first_block + index * span_blocks)
-                )
-
-    def _read_node(self, location: NodeLocation) -> tuple[Place, bytes]:
-        if location.segment not in self._rows:
-            place = Place(str(self._files.path(location.segment)), location.offset_bytes)
-            raise FormatError(
-                "map node", "location", place, "the catalog has no such map segment of the volume"
+            if not self._held:
+                self.removing_whole = False
+                return 0
+            self.whole = False
+            self._findings.add(
+                "error",
+                "map-root",
+                f"the catalog names no node as the root of {root.reader}: {error.brief}",
+                REBUILD,
+                readers=[root.reader],
             )
-        file = self._files.get(location.segment)
-        place = Place(file.path, location.offset_bytes)
-        row = self._rows[location.segment]
-        if location.offset_bytes + location.len_bytes > row.used_blocks * BLOCK_BYTES:
-            raise FormatError(
-                "map node",
-                "location",
-                place,
-                f"it ends behind the {row.used_blocks} blocks that the catalog has in use",
+            return 0
+        if not self._held:
+            self.removing_whole &= whole
+            return mapped_blocks
+        self.whole &= whole
+        if whole and mapped_blocks != expected_blocks:
+            self._findings.add(
+                "error",
+                "mapped-blocks-differ",
+                f"the map of {root.reader} holds {mapped_blocks} blocks, and the catalog has "
+                f"{expected_blocks}",
+                REBUILD,
+                readers=[root.reader],
             )
-        return place, file.read(location.offset_bytes, location.len_bytes)
+        return mapped_blocks
 
-    def _count_node(self, location: NodeLocation) -> None:
+    def node(self, location: NodeLocation) -> None:
+        """Of `Sink`."""
         self._summary.nodes += 1
         self._report.nodes += 1
-        used = self._node_bytes.get(location.segment, 0)
-        self._node_bytes[location.segment] = used + location.len_bytes
+        if location.segment in self._own_maps:
+            nodes = self._nodes.setdefault(location.segment, _Nodes())
+            reached = nodes.held if self._held else nodes.others
+            reached.append((location.offset_bytes, location.len_bytes))
 
-    def _add_bad_node(self, visit: _Visit, error: FormatError | OSError) -> None:
-        location = visit.location
-        reason = error.brief if isinstance(error, FormatError) else str(error)
-        self._findings.add(
-            "error",
-            "map-node",
-            f"a node of the map at offset {location.offset_bytes} of segment {location.segment} is "
-            f"lost ({reason}): reading the blocks below it gives I/O errors",
-            RESTORE,
-            file=str(self._files.path(location.segment)),
-            segment=location.segment,
-            offset_bytes=location.offset_bytes,
-            volume_offset_bytes=visit.first_block * BLOCK_BYTES,
-            length_bytes=node_span_blocks(visit.level) * BLOCK_BYTES,
-        )
-
-    # What it says of log segments
-
-    def _add_run(self, run: MapRun) -> None:
+    def run(self, run: MapRun) -> None:
+        """Of `Sink`."""
+        beyond = run.block + run.count - self._beyond_size_blocks
+        self._beyond_blocks += min(run.count, max(0, beyond))
+        if run.segment not in self._own_logs:
+            if run.segment not in self._foreign_logs and self._held:
+                self._unknown[run.segment] = self._unknown.get(run.segment, 0) + run.count
+            return
         segment_blocks = self._identity.segment_bytes // BLOCK_BYTES
-        if run.offset_blocks == 0 or run.offset_blocks + run.count > segment_blocks:
-            self._add_bad_run(run, "map-address", "no blocks of a segment")
+        if run.offset_blocks + run.count > segment_blocks:
+            self._findings.add(
+                "error",
+                "map-address",
+                f"{self._root.reader} has {run.count} blocks from block {run.block} of the volume "
+                f"at block {run.offset_blocks} of segment {run.segment}: no blocks of a segment",
+                REBUILD,
+                segment=run.segment,
+                offset_bytes=run.offset_blocks * BLOCK_BYTES,
+                volume_offset_bytes=run.block * BLOCK_BYTES,
+                length_bytes=run.count * BLOCK_BYTES,
+                readers=[self._root.reader],
+            )
             return
         live = self.blocks.get(run.segment)
         if live is None:
             live = self.blocks[run.segment] = LiveBlocks()
-        if not live.add(run.block, run.offset_blocks, run.count, run.checksums):
-            self._add_bad_run(run, "address-twice", "and another block of the volume, too")
+        live.add(run.block, run.offset_blocks, run.count, run.checksums, held=self._held)
 
-    def _add_bad_run(self, run: MapRun, code: str, text: str) -> None:
-        self._findings.add(
-            "error",
-            code,
-            f"the map has {run.count} blocks from block {run.block} of the volume at block "
-            f"{run.offset_blocks} of segment {run.segment}: {text}",
-            RESTORE,
-            segment=run.segment,
-            offset_bytes=run.offset_blocks * BLOCK_BYTES,
-            volume_offset_bytes=run.block * BLOCK_BYTES,
-            length_bytes=run.count * BLOCK_BYTES,
-        )
+    def _add_bad_nodes(self) -> None:
+        removing = _name(self._volume, None)
+        for bad in self._forest.bad:
+            location = bad.location
+            bad.readers = [reader for reader in bad.readers if reader != removing]
+            if not bad.readers:
+                continue
+            self._findings.add(
+                "error",
+                "map-node",
+                f"a node of the map at offset {location.offset_bytes} of segment "
+                f"{location.segment} is lost ({bad.reason}): reading the blocks below it gives I/O "
+                f"errors in {_listed(bad.readers)}",
+                REBUILD,
+                file=str(self._files.path(location.segment)),
+                segment=location.segment,
+                offset_bytes=location.offset_bytes,
+                volume_offset_bytes=bad.first_block * BLOCK_BYTES,
+                length_bytes=node_span_blocks(bad.level) * BLOCK_BYTES,
+                readers=bad.readers,
+            )
 
     def _find_unknown_segments(self) -> None:
-        known = {row.number for row in self._volume.segments if row.kind == KIND_LOG}
-        for number in sorted(self.blocks.keys() - known):
+        for number, blocks in sorted(self._unknown.items()):
             self._findings.add(
                 "error",
                 "map-address",
-                f"the map reaches {self.blocks[number].count} blocks in segment {number}, which is "
-                "no log segment of the volume in the catalog",
-                RESTORE,
+                f"the map reaches {blocks} blocks in segment {number}, which is no log segment of "
+                "the volume in the catalog",
+                REBUILD,
+                segment=number,
+            )
+
+    def _walk_clones(self) -> None:
+        sink = _CloneSink(self.blocks, self._own_logs)
+        for clone in self._family.clones:
+            roots = [Root(_name(clone, s.name), s.root) for s in clone.snapshots]
+            if clone.checkpoint is not None:
+                roots.insert(0, Root(clone.name, clone.checkpoint.root))
+            for root in roots:
+                sink.lost_blocks = 0
+                try:
+                    self._forest.walk(root, sink)
+                except FormatError:
+                    continue  # told when the clone is checked
+                if sink.lost_blocks and self.whole:
+                    self._findings.add(
+                        "error",
+                        "clone-reaches-dead",
+                        f"{root.reader}, a clone, reads {sink.lost_blocks} blocks that no snapshot "
+                        f"of volume {self._volume.name} holds: their space may be given back",
+                        REPORT,
+                        readers=[root.reader],
+                    )
+
+    # Dead nodes
+
+    def _compare_dead(self, number: int, row: CatalogSegment) -> None:
+        path = str(self._files.path(number))
+        try:
+            dead = parse_dead_nodes(row.dead, Place("catalog", 0))
+        except FormatError as error:
+            self._findings.add(
+                "error",
+                "dead-set",
+                f"the catalog's list of dead nodes of map segment {number}: {error.brief}",
+                REBUILD,
+                file=path,
+                segment=number,
+            )
+            return
+        nodes = self._nodes.get(number, _Nodes())
+        starts = [start for start, _ in dead]
+
+        def dead_bytes(offset: int, length: int) -> int:
+            at = bisect_right(starts, offset) - 1
+            total = 0
+            for start, size in dead[max(at, 0) :]:
+                if start >= offset + length:
+                    break
+                total += max(0, min(offset + length, start + size) - max(offset, start))
+            return total
+
+        for offset, length in nodes.held:
+            if dead_bytes(offset, length):
+                self._findings.add(
+                    "error",
+                    "dead-but-reached",
+                    f"the node at offset {offset} of map segment {number} is dead in the catalog, "
+                    "and a map has it: its space may be given back",
+                    REBUILD,
+                    file=path,
+                    segment=number,
+                    offset_bytes=offset,
+                )
+        live_bytes = sum(
+            length - dead_bytes(offset, length) for offset, length in nodes.held + nodes.others
+        )
+        if live_bytes > row.live or (live_bytes < row.live and self.removing_whole):
+            self._findings.add(
+                "error" if live_bytes > row.live else "warning",
+                "live-count-differs",
+                f"{live_bytes} bytes of nodes in map segment {number} are in use, and the catalog "
+                f"has {row.live}",
+                REBUILD,
+                file=path,
                 segment=number,
             )
 
 
-def _check_place(node: Node, visit: _Visit, place: Place) -> None:
-    """The node is the one of its place in the tree."""
-    if (node.level, node.first_block) != (visit.level, visit.first_block):
-        reason = f"it is that of level {node.level} at block {node.first_block}"
-        raise FormatError("map node", "place in the tree", place, reason)
+class _CloneSink:
+    """Blocks of clones in segments of the volume."""
+
+    def __init__(self, blocks: Mapping[int, LiveBlocks], own_logs: set[int]) -> None:
+        self._blocks = blocks
+        self._own_logs = own_logs
+        self.lost_blocks = 0
+
+    def node(self, location: NodeLocation) -> None:
+        """Of `Sink`."""
+
+    def run(self, run: MapRun) -> None:
+        """Of `Sink`."""
+        if run.segment not in self._own_logs:
+            return
+        live = self._blocks.get(run.segment)
+        mask = ((1 << run.count) - 1) << run.offset_blocks
+        if live is None or mask & ~live.held:
+            self.lost_blocks += run.count if live is None else (mask & ~live.held).bit_count()
+            return
+        live.add(run.block, run.offset_blocks, run.count, run.checksums)
+
+
+class _Differences:
+    """Tells which blocks differ from their records."""
+
+    def __init__(self, suspects: Mapping[int, Suspect], findings: Findings) -> None:
+        self._suspects = suspects
+        self._findings = findings
+        self.explained: set[int] = set()
+
+    def node(self, location: NodeLocation) -> None:
+        """Of `Sink`."""
+
+    def run(self, run: MapRun) -> None:
+        """Of `Sink`."""
+        suspect = self._suspects.get(run.segment)
+        if suspect is None:
+            return
+        for index in range(run.count):
+            at = run.offset_blocks + index
+            if at >= len(suspect.blocks):
+                break
+            block = run.block + index
+            checksum = int.from_bytes(run.checksums[4 * index : 4 * index + 4], "little")
+            if suspect.blocks[at] == block and suspect.checksums[at] == checksum:
+                continue
+            self.explained.add(run.segment)
+            if suspect.blocks[at] == Suspect.unknown:
+                text = "where no record covered by the checkpoint has data"
+            elif suspect.blocks[at] != block:
+                text = f"where a record has block {suspect.blocks[at]}"
+            else:
+                text = (
+                    f"with checksum {checksum:#010x}, and the record has "
+                    f"{suspect.checksums[at]:#010x}"
+                )
+            self._findings.add(
+                "error",
+                "map-differs",
+                f"the map has block {block} of the volume at block {at} of segment "
+                f"{run.segment}, {text}",
+                REBUILD,
+                segment=run.segment,
+                offset_bytes=at * BLOCK_BYTES,
+                volume_offset_bytes=block * BLOCK_BYTES,
+                length_bytes=BLOCK_BYTES,
+            )
+
+
+def _name(volume: CatalogVolume, snapshot: str | None) -> str:
+    return f"{volume.name}@{snapshot if snapshot is not None else '(removing)'}"
+
+
+def _listed(readers: Sequence[str]) -> str:
+    shown = ", ".join(readers[:5])
+    return shown if len(readers) <= 5 else f"{shown} and {len(readers) - 5} more"

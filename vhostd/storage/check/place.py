@@ -23,6 +23,8 @@ from vhostd.storage.format import (
 )
 
 __all__ = [
+    "REBUILD",
+    "REPORT",
     "RESTORE",
     "VolumeIdentity",
     "check_chain",
@@ -34,6 +36,11 @@ __all__ = [
 ]
 
 RESTORE = "restore what is concerned from a backup"
+REBUILD = (
+    "close the pool and run `vhostctl check --repair`: all that maps and counts are made of is in the "
+    "log"
+)
+REPORT = "report this with the log: the accounting of space is wrong"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +54,11 @@ class VolumeIdentity:
 
 
 def check_header(
-    file: SegmentFile, identity: VolumeIdentity, kind: int, findings: Findings
+    file: SegmentFile,
+    identity: VolumeIdentity,
+    kind: int,
+    findings: Findings,
+    action: str = RESTORE,
 ) -> SegmentHeader | None:
     """A segment's header, if it is what belongs there; else a finding."""
     place = Place(file.path)
@@ -68,7 +79,7 @@ def check_header(
             "error",
             "segment-header",
             f"segment {file.number}: {error.brief}",
-            "use the vhostd that made it, or a newer one" if error.newer else RESTORE,
+            "use the vhostd that made it, or a newer one" if error.newer else action,
             file=file.path,
             segment=file.number,
             offset_bytes=0,

@@ -5,6 +5,7 @@ The shape is part of the interface: fields are added, never renamed or removed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from typing import Literal
 
@@ -16,6 +17,7 @@ Severity = Literal["error", "warning", "note"]
 
 FindingKey = tuple[str, int | None, int | None, int | None]
 
+MAX_READERS = 100
 MAX_FINDINGS = 1000
 """Findings kept in a report; the rest are counted. A device that is gone gives one a block."""
 
@@ -28,7 +30,8 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     code: a stable word for scripts. volume: its name. segment: its number. offset_bytes: in the
     file. volume_offset_bytes, length_bytes: what part of the volume is concerned, when that is
-    known.
+    known. readers: heads (`VOLUME`) and snapshots (`VOLUME@SNAPSHOT`) that read it there, clones
+    included; at most 100.
     """
 
     severity: Severity
@@ -41,6 +44,7 @@ class Finding(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     offset_bytes: int | None = None
     volume_offset_bytes: int | None = None
     length_bytes: int | None = None
+    readers: list[str] = []
 
     @property
     def key(self) -> FindingKey:
@@ -77,6 +81,11 @@ class VolumeReport(msgspec.Struct, kw_only=True):
     nodes: int = 0
     replayable_records: int = 0
     """Records behind the last checkpoint, that the next opening applies."""
+    snapshots: int = 0
+    """Snapshots whose maps were read, those that are being removed included."""
+    dead_blocks: int = 0
+    """Data blocks that nothing reads, punched or not, by the dead sets of the catalog."""
+    punched_blocks: int = 0
 
 
 class CheckReport(msgspec.Struct, kw_only=True):
@@ -125,6 +134,7 @@ class Findings:
         offset_bytes: int | None = None,
         volume_offset_bytes: int | None = None,
         length_bytes: int | None = None,
+        readers: Sequence[str] = (),
     ) -> None:
         """Notes one finding."""
         self.counts[severity] += 1
@@ -141,6 +151,7 @@ class Findings:
                     offset_bytes=offset_bytes,
                     volume_offset_bytes=volume_offset_bytes,
                     length_bytes=length_bytes,
+                    readers=list(readers[:MAX_READERS]),
                 )
             )
 

@@ -1,4 +1,4 @@
-"""A snapshot of the catalog, read without a trace and held in memory.
+"""The catalog as it is at one moment, read without a trace and held in memory.
 
 Reading never changes the device: an idle catalog is opened as immutable, since opening an SQLite
 database in WAL mode otherwise leaves `-shm` and `-wal` files behind; one with a write-ahead log
@@ -24,6 +24,7 @@ __all__ = [
     "APPLICATION_ID",
     "SCHEMA_VERSION",
     "CatalogCheckpoint",
+    "CatalogContents",
     "CatalogPool",
     "CatalogSegment",
     "CatalogSnapshot",
@@ -69,11 +70,36 @@ class CatalogSegment:
     sealed: bool
     used_blocks: int
     live: int
+    dead: bytes = b""
+    punched_blocks: int = 0
+    notes: int = 0
+    unmaps: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CatalogSnapshot:
+    """A row of `snapshots`, without its volume. name: None in one that is being removed."""
+
+    uuid: UUID
+    guid: UUID
+    name: str | None
+    parent: UUID | None
+    position: int
+    size_bytes: int
+    state: str
+    root: bytes
+    mapped_blocks: int
+    protected: bool
+    created_ns: int
 
 
 @dataclass(frozen=True, slots=True)
 class CatalogVolume:
-    """A row of `volumes` with what refers to it; segments in the order of their numbers."""
+    """A row of `volumes` with what refers to it; segments in the order of their numbers, snapshots
+    and rollbacks (position, to) in the order of their positions.
+
+    parent: the head's. origin: (volume, snapshot) that a clone began with.
+    """
 
     uuid: UUID
     name: str
@@ -82,10 +108,16 @@ class CatalogVolume:
     state: str
     checkpoint: CatalogCheckpoint | None
     segments: tuple[CatalogSegment, ...]
+    logical_block_bytes: int = 4096
+    parent: UUID | None = None
+    origin: tuple[UUID, UUID] | None = None
+    state_noted: bool = True
+    snapshots: tuple[CatalogSnapshot, ...] = ()
+    rollbacks: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class CatalogSnapshot:
+class CatalogContents:
     """The catalog at one moment. problems: what SQLite says is wrong with the file."""
 
     pool: CatalogPool
@@ -94,7 +126,7 @@ class CatalogSnapshot:
     problems: tuple[str, ...] = ()
 
 
-def read_catalog(directory: Path, *, in_use: bool) -> CatalogSnapshot:
+def read_catalog(directory: Path, *, in_use: bool) -> CatalogContents:
     """Reads the catalog of the device at `directory`. in_use: a daemon may be writing to it.
 
     Raises:
@@ -115,12 +147,12 @@ def read_catalog(directory: Path, *, in_use: bool) -> CatalogSnapshot:
             shutil.copyfile(path, copy)
             shutil.copyfile(log, copy.with_name(log.name))
             return _read(copy, "mode=rw")
-    except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
+    except (sqlite3.Error, LookupError, TypeError, ValueError, OverflowError) as error:
         # A damaged file can hand out any type in any column.
         raise FormatError(_STRUCTURE, "database", Place(str(path)), str(error)) from error
 
 
-def _read(path: Path, mode: str) -> CatalogSnapshot:
+def _read(path: Path, mode: str) -> CatalogContents:
     uri = f"{path.absolute().as_uri()}?{mode}"
     with closing(
         sqlite3.connect(uri, uri=True, timeout=_BUSY_TIMEOUT_S, isolation_level=None)
@@ -135,8 +167,8 @@ def _read(path: Path, mode: str) -> CatalogSnapshot:
             str(row[0]) for row in db.execute("PRAGMA integrity_check(8)") if row[0] != "ok"
         )
         try:
-            return CatalogSnapshot(_pool(db, path), _devices(db), _volumes(db), problems)
-        except (sqlite3.Error, TypeError, ValueError, OverflowError) as error:
+            return CatalogContents(_pool(db, path), _devices(db), _volumes(db), problems)
+        except (sqlite3.Error, LookupError, TypeError, ValueError, OverflowError) as error:
             reasons = "; ".join((str(error), *problems))
             raise FormatError(_STRUCTURE, "database", Place(str(path)), reasons) from error
 
@@ -166,11 +198,19 @@ def _devices(db: sqlite3.Connection) -> frozenset[UUID]:
 
 
 def _volumes(db: sqlite3.Connection) -> tuple[CatalogVolume, ...]:
-    volumes = []
+    owners, snapshots = _snapshots(db)
+    rollbacks: dict[int, list[tuple[int, int]]] = {}
+    for volume, position, to in db.execute(
+        "SELECT volume, position, to_position FROM rollbacks ORDER BY position"
+    ):
+        rollbacks.setdefault(_number(volume), []).append((_number(position), _number(to)))
     rows = db.execute(
-        "SELECT id, uuid, name, size_bytes, epoch, state FROM volumes ORDER BY name"
+        "SELECT id, uuid, name, size_bytes, epoch, state, logical_block_bytes, parent, origin,"
+        " state_noted FROM volumes ORDER BY name"
     ).fetchall()
-    for identity, uuid, name, size_bytes, epoch, state in rows:
+    uuids = {row[0]: _uuid(row[1]) for row in rows}
+    volumes = []
+    for identity, uuid, name, size_bytes, epoch, state, logical, parent, origin, noted in rows:
         volumes.append(
             CatalogVolume(
                 _uuid(uuid),
@@ -180,9 +220,57 @@ def _volumes(db: sqlite3.Connection) -> tuple[CatalogVolume, ...]:
                 str(state),
                 _checkpoint(db, identity),
                 _segments(db, identity),
+                _number(logical),
+                owners[parent][1] if parent is not None else None,
+                (uuids[owners[origin][0]], owners[origin][1]) if origin is not None else None,
+                bool(noted),
+                tuple(snapshots.get(identity, ())),
+                tuple(rollbacks.get(identity, ())),
             )
         )
     return tuple(volumes)
+
+
+def _snapshots(
+    db: sqlite3.Connection,
+) -> tuple[dict[int, tuple[int, UUID]], dict[int, list[CatalogSnapshot]]]:
+    """Of all volumes: by row (volume's row, UUID); and by the volume's row, oldest first."""
+    rows = db.execute(
+        "SELECT id, uuid, volume, name, guid, parent, position, size_bytes, state, root,"
+        " mapped_blocks, protected, created_ns FROM snapshots ORDER BY position"
+    ).fetchall()
+    owners = {row[0]: (_number(row[2]), _uuid(row[1])) for row in rows}
+    found: dict[int, list[CatalogSnapshot]] = {}
+    for (
+        _,
+        uuid,
+        volume,
+        name,
+        guid,
+        parent,
+        position,
+        size_bytes,
+        state,
+        root,
+        mapped_blocks,
+        protected,
+        created_ns,
+    ) in rows:
+        snapshot = CatalogSnapshot(
+            _uuid(uuid),
+            _uuid(guid),
+            None if name is None else str(name),
+            owners[parent][1] if parent is not None else None,
+            _number(position),
+            _number(size_bytes),
+            str(state),
+            b"" if root is None else _blob(root),
+            _number(mapped_blocks),
+            bool(protected),
+            _number(created_ns),
+        )
+        found.setdefault(volume, []).append(snapshot)
+    return owners, found
 
 
 def _checkpoint(db: sqlite3.Connection, volume: int) -> CatalogCheckpoint | None:
@@ -194,22 +282,26 @@ def _checkpoint(db: sqlite3.Connection, volume: int) -> CatalogCheckpoint | None
     if row is None:
         return None
     root, *numbers = row
-    if not isinstance(root, bytes):
-        raise TypeError("the root of a checkpoint is not a BLOB")
-    return CatalogCheckpoint(root, *map(_number, numbers))
+    return CatalogCheckpoint(_blob(root), *map(_number, numbers))
 
 
 def _segments(db: sqlite3.Connection, volume: int) -> tuple[CatalogSegment, ...]:
     rows = db.execute(
-        "SELECT number, kind, sealed, used_blocks, live FROM segments"
-        " WHERE volume = ? ORDER BY number",
+        "SELECT number, kind, sealed, used_blocks, live, dead, punched_blocks, notes, unmaps"
+        " FROM segments WHERE volume = ? ORDER BY number",
         (volume,),
     )
     return tuple(
         CatalogSegment(
-            _number(number), _number(kind), bool(sealed), _number(used_blocks), _number(live)
+            _number(number),
+            _number(kind),
+            bool(sealed),
+            _number(used_blocks),
+            _number(live),
+            _blob(dead),
+            *map(_number, counts),
         )
-        for number, kind, sealed, used_blocks, live in rows
+        for number, kind, sealed, used_blocks, live, dead, *counts in rows
     )
 
 
@@ -217,6 +309,12 @@ def _uuid(value: Any) -> UUID:
     if not isinstance(value, bytes) or len(value) != 16:
         raise TypeError(f"{value!r} is not a UUID of 16 bytes")
     return UUID(bytes=value)
+
+
+def _blob(value: Any) -> bytes:
+    if not isinstance(value, bytes):
+        raise TypeError(f"{value!r} is not a BLOB")
+    return value
 
 
 def _number(value: Any) -> int:

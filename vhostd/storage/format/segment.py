@@ -29,6 +29,9 @@ from vhostd.storage.format.fields import (
 )
 
 __all__ = [
+    "ENTRY_DATA",
+    "ENTRY_NOTE",
+    "ENTRY_UNMAP",
     "KIND_LOG",
     "KIND_MAP",
     "MAX_DATA_BLOCKS",
@@ -48,6 +51,7 @@ KIND_LOG = 1
 KIND_MAP = 2
 ENTRY_DATA = 1
 ENTRY_UNMAP = 2
+ENTRY_NOTE = 3
 MAX_DATA_BLOCKS = 960
 MAX_ENTRIES = 248
 
@@ -80,11 +84,25 @@ class SegmentHeader:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One guest write (`is_data`) or discard of `count` blocks from `block` of the volume."""
+    """One guest write (data) or discard (unmap) of `count` blocks from `block` of the volume, or a
+    note of `count` blocks."""
 
     block: int
     count: int
-    is_data: bool
+    kind: int
+
+    @property
+    def is_data(self) -> bool:
+        return self.kind == ENTRY_DATA
+
+    @property
+    def is_unmap(self) -> bool:
+        return self.kind == ENTRY_UNMAP
+
+    @property
+    def data_blocks(self) -> int:
+        """Blocks that follow the record's header for it."""
+        return 0 if self.kind == ENTRY_UNMAP else self.count
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,19 +125,30 @@ class Summary:
         """The block behind the record."""
         return self.offset_blocks + 1 + self.data_blocks
 
-    def data_pieces(self) -> Iterator[tuple[int, int, int, bytes]]:
-        """The data: (first block of the volume, block offset in the segment, count, checksums)."""
+    def pieces(self) -> Iterator[tuple[Entry, int, bytes]]:
+        """Entries with the offset of their position (`docs/format.md`, "Record") in the segment,
+        blocks, and the checksums of their data."""
         data_index = 0
         for entry in self.entries:
-            if entry.is_data:
-                end = data_index + entry.count
-                yield (
-                    entry.block,
-                    self.offset_blocks + 1 + data_index,
-                    entry.count,
-                    self.checksums[4 * data_index : 4 * end],
-                )
-                data_index = end
+            end = data_index + entry.data_blocks
+            yield (
+                entry,
+                self.offset_blocks + 1 + data_index,
+                self.checksums[4 * data_index : 4 * end],
+            )
+            data_index = end
+
+    def data_pieces(self) -> Iterator[tuple[int, int, int, bytes]]:
+        """The data: (first block of the volume, block offset in the segment, count, checksums)."""
+        for entry, offset, checksums in self.pieces():
+            if entry.kind == ENTRY_DATA:
+                yield entry.block, offset, entry.count, checksums
+
+    def note_pieces(self) -> Iterator[tuple[int, int, bytes]]:
+        """The notes: (block offset in the segment, count, checksums)."""
+        for entry, offset, checksums in self.pieces():
+            if entry.kind == ENTRY_NOTE:
+                yield offset, entry.count, checksums
 
 
 @dataclass(frozen=True, slots=True)
@@ -417,15 +446,17 @@ def _parse_entries(
     for index in range(count):
         block, blocks, kind = _ENTRY.unpack_from(data, offset + _ENTRY.size * index)
         field = f"entry {index}"
-        if kind not in (ENTRY_DATA, ENTRY_UNMAP):
+        if kind not in (ENTRY_DATA, ENTRY_UNMAP, ENTRY_NOTE):
             raise FormatError(what, field, place, f"kind {kind} is not known")
+        if kind == ENTRY_NOTE and block != 0:
+            raise FormatError(what, field, place, f"a note of block {block} of the volume")
         if blocks == 0 or block + blocks > MAX_VOLUME_BLOCKS:
             raise FormatError(
                 what, field, place, f"{blocks} blocks from block {block} are no part of a volume"
             )
-        if kind == ENTRY_DATA:
-            described_blocks += blocks
-        entries.append(Entry(block, blocks, kind == ENTRY_DATA))
+        entry = Entry(block, blocks, kind)
+        described_blocks += entry.data_blocks
+        entries.append(entry)
     if described_blocks != data_blocks:
         raise FormatError(
             what,
