@@ -6,7 +6,7 @@ Any form a leaf may have is taken at random, whether it is the shortest or not.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import groupby
 from random import Random
 
@@ -19,29 +19,45 @@ Mapped = Mapping[int, tuple[int, int]]
 """Block of the volume: (address, checksum)."""
 
 
-def write_nodes(
-    mapping: Mapped, segment: int, offset_bytes: int, random: Random
-) -> tuple[bytes, bytes, int]:
-    """All nodes of a map; the root's location; the length of the nodes. Children come first."""
-    out = bytearray()
+Known = dict[tuple[int, int, object], bytes]
+"""Locations of nodes that are on disk, by what they hold: equal subtrees are written once."""
 
-    def put(node: bytes) -> bytes:
-        at = offset_bytes + len(out)
-        out.extend(node)
-        checksum = struct.unpack_from("<I", node, 20)[0]
-        return struct.pack("<QIII", segment, at, len(node), checksum)
+
+def write_nodes(
+    mapping: Mapped, segment: int, offset_bytes: int, random: Random, known: Known
+) -> tuple[bytes, bytes, set[bytes]]:
+    """New nodes of a map; the root's location; the locations of all its nodes. Children first."""
+    out = bytearray()
+    reached = set()
+
+    def put(key: tuple[int, int, object], make: Callable[[], bytes]) -> bytes:
+        location = known.get(key)
+        if location is None:
+            node = make()
+            at = offset_bytes + len(out)
+            out.extend(node)
+            checksum = struct.unpack_from("<I", node, 20)[0]
+            location = known[key] = struct.pack("<QIII", segment, at, len(node), checksum)
+        reached.add(location)
+        return location
 
     locations = {}
     for leaf, blocks in groupby(sorted(mapping), key=lambda block: block // 1024):
         part = {block - leaf * 1024: mapping[block] for block in blocks}
-        locations[leaf] = put(leaf_node(leaf * 1024, part, random.choice(FORMS), random))
+        locations[leaf] = put(
+            (0, leaf, tuple(part.items())),
+            lambda: leaf_node(leaf * 1024, part, random.choice(FORMS), random),  # noqa: B023
+        )
     for level in (1, 2, 3):
         parents = {}
         for parent, indexes in groupby(sorted(locations), key=lambda index: index // 256):
             children = {index % 256: locations[index] for index in indexes}
-            parents[parent] = put(inner_node(level, parent * 1024 * 256**level, children))
+            parents[parent] = put(
+                (level, parent, tuple(children.items())),
+                lambda: inner_node(level, parent * 1024 * 256**level, children),  # noqa: B023
+            )
         locations = parents
-    return bytes(out), locations[0], len(out)
+    return bytes(out), locations[0], reached
 
 
 def node(

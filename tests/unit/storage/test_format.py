@@ -14,16 +14,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.storage.nodewriter import FORMS, inner_node, leaf_node, node
-from tests.unit.storage.poolwriter import BLOCK, PoolWriter, segment_file, summed
+from tests.unit.storage.poolwriter import BLOCK, PoolWriter, note, segment_file, summed
 from vhostd.storage.format import (
+    ENTRY_NOTE,
     FormatError,
     MapRun,
     NodeLocation,
     Place,
+    SnapshotNote,
+    StateNote,
     Trailer,
+    Unmap,
+    UnmapsNote,
     crc32c,
+    parse_dead_blocks,
+    parse_dead_nodes,
     parse_footer_body,
     parse_node,
+    parse_note,
     parse_record,
     parse_root,
     parse_segment_header,
@@ -311,3 +319,81 @@ def test_a_newer_version_is_refused_and_said_to_be_newer() -> None:
     with pytest.raises(FormatError, match="version: it is 3, and this reader knows 2") as caught:
         parse_superblock(bytes(block), PLACE)
     assert caught.value.newer
+
+
+# Notes and dead sets
+
+
+def test_notes_of_every_type_read_back(tmp_path: Path) -> None:
+    pool = PoolWriter(tmp_path, Random(5))
+    volume = pool.volume("root")
+    snapshot = volume.snapshot("märz")
+    written = [
+        volume.segments[0].records[0],
+        volume.note_state(),
+        volume.note_unmaps([(3, 9, 77777), (1 << 33, 1, 1)]),
+    ]
+    pool.close()
+    content = segment_file(tmp_path, 1).read_bytes()
+    found = []
+    for record in written:
+        summary = parse_record(content[record.offset * BLOCK :][:BLOCK], PLACE).summary
+        assert [entry.kind for entry in summary.entries] == [ENTRY_NOTE]
+        ((offset, count, checksums),) = summary.note_pieces()
+        data = content[offset * BLOCK : (offset + count) * BLOCK]
+        assert crc32c(data[:BLOCK]) == int.from_bytes(checksums[:4], "little")
+        assert list(summary.data_pieces()) == []
+        found.append(parse_note(data, PLACE))
+    first, state, unmaps = found
+    assert first == SnapshotNote(snapshot.uuid, 9, volume.size_bytes, "märz")
+    assert isinstance(state, StateNote)
+    assert (state.state.volume.name, state.state.origin) == ("root", None)
+    assert [(s.uuid, s.position) for s in state.state.snapshots] == [
+        (snapshot.uuid, snapshot.position)
+    ]
+    assert unmaps == UnmapsNote((Unmap(3, 9, 77777), Unmap(1 << 33, 1, 1)))
+
+
+@given(st.sampled_from([0, 1, 2, 3, 4]), st.binary(max_size=200), st.binary(max_size=60))
+def test_no_note_raises_anything_but_a_format_error(kind: int, payload: bytes, tail: bytes) -> None:
+    for data in (note(kind, payload) + tail, payload, note(kind, payload)[: len(tail)]):
+        with contextlib.suppress(FormatError):
+            parse_note(data, PLACE)
+
+
+@pytest.mark.parametrize(
+    ("field", "data"),
+    [
+        ("magic", bytes(4096)),
+        ("length", b"VHNT"),
+        ("type", note(9, bytes(8))),
+        ("length of the payload", note(1, b"")),
+        ("length of the payload", note(1, bytes(20))),
+        ("length of the name", note(1, bytes(32) + b"\x05\x00abc")),
+        ("name", note(1, bytes(32) + b"\x01\x00\xff")),
+        ("state", note(2, b"{}")),
+        ("state", note(2, b"[" * 3000)),
+        ("state", note(2, b"\xff\xfe")),
+        ("count", note(3, bytes([2, 0, 0, 0]) + bytes(28))),
+        ("unmaps", note(3, bytes([1, 0, 0, 0]) + bytes(28))),
+    ],
+)
+def test_a_note_that_is_none_is_told_by_its_field(field: str, data: bytes) -> None:
+    with pytest.raises(FormatError) as caught:
+        parse_note(data, PLACE)
+    assert caught.value.field == field
+
+
+def test_dead_sets_read_back_and_what_is_none_is_refused() -> None:
+    assert parse_dead_blocks(b"", PLACE) == 0
+    assert parse_dead_blocks(b"\x02\x80", PLACE) == 1 << 15 | 2
+    for bad in (b"\x01", b"\x02\x00", b"\x02" * 1025):
+        with pytest.raises(FormatError):
+            parse_dead_blocks(bad, PLACE)
+    ranges = struct.pack("<4I", 4096, 56, 5000, 8)
+    assert parse_dead_nodes(ranges, PLACE) == ((4096, 56), (5000, 8))
+    for numbers in ((5000, 8, 4096, 56), (4096, 8, 4104, 8), (4096, 0), (8, 8), (1 << 30, 8)):
+        with pytest.raises(FormatError):
+            parse_dead_nodes(struct.pack(f"<{len(numbers)}I", *numbers), PLACE)
+    with pytest.raises(FormatError):
+        parse_dead_nodes(ranges[:-1], PLACE)
