@@ -407,7 +407,13 @@ class VolumeWriter:
         }
 
     def note_state(self) -> Written:
-        return self.append([], [note(2, json.dumps(self.state()).encode())])
+        """In one part, or in two."""
+        payload = json.dumps(self.state()).encode()
+        if self.pool.random.random() < 0.5:
+            return self.append([], [note(2, payload)])
+        cut = self.pool.random.randrange(1, len(payload))
+        self.append([(16000, 1, False)], [note(2, payload[:cut], 0, 1)])
+        return self.append([], [note(2, payload[cut:], 1, 0)])
 
     def note_unmaps(self, unmaps: Sequence[tuple[int, int, int]]) -> Written:
         """Each (block, count, position)."""
@@ -622,8 +628,8 @@ class VolumeWriter:
             self.append(entries)
 
 
-def note(kind: int, payload: bytes) -> bytes:
-    return struct.pack("<4sHHII", b"VHNT", 1, kind, len(payload), 0) + payload
+def note(kind: int, payload: bytes, part: int = 0, more: int = 0) -> bytes:
+    return struct.pack("<4sHHIHH", b"VHNT", 1, kind, len(payload), part, more) + payload
 
 
 def _split_nodes(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from vhostd.storage.format import (
     Place,
     SnapshotNote,
     StateNote,
+    StateParts,
     Trailer,
     Unmap,
     UnmapsNote,
@@ -35,6 +37,7 @@ from vhostd.storage.format import (
     parse_record,
     parse_root,
     parse_segment_header,
+    parse_state,
     parse_superblock,
     parse_trailer,
     segment_number_of,
@@ -330,7 +333,7 @@ def test_notes_of_every_type_read_back(tmp_path: Path) -> None:
     snapshot = volume.snapshot("märz")
     written = [
         volume.segments[0].records[0],
-        volume.note_state(),
+        volume.append([], [note(2, json.dumps(volume.state()).encode())]),
         volume.note_unmaps([(3, 9, 77777), (1 << 33, 1, 1)]),
     ]
     pool.close()
@@ -347,10 +350,10 @@ def test_notes_of_every_type_read_back(tmp_path: Path) -> None:
     first, state, unmaps = found
     assert first == SnapshotNote(snapshot.uuid, 9, volume.size_bytes, "märz")
     assert isinstance(state, StateNote)
-    assert (state.state.volume.name, state.state.origin) == ("root", None)
-    assert [(s.uuid, s.position) for s in state.state.snapshots] == [
-        (snapshot.uuid, snapshot.position)
-    ]
+    assert StateParts().add(7, state) == (7, state.payload)
+    whole = parse_state(state.payload, PLACE)
+    assert (whole.volume.name, whole.origin) == ("root", None)
+    assert [(s.uuid, s.position) for s in whole.snapshots] == [(snapshot.uuid, snapshot.position)]
     assert unmaps == UnmapsNote((Unmap(3, 9, 77777), Unmap(1 << 33, 1, 1)))
 
 
@@ -371,9 +374,7 @@ def test_no_note_raises_anything_but_a_format_error(kind: int, payload: bytes, t
         ("length of the payload", note(1, bytes(20))),
         ("length of the name", note(1, bytes(32) + b"\x05\x00abc")),
         ("name", note(1, bytes(32) + b"\x01\x00\xff")),
-        ("state", note(2, b"{}")),
-        ("state", note(2, b"[" * 3000)),
-        ("state", note(2, b"\xff\xfe")),
+        ("state, parts", note(2, b"{}", 3, 61)),
         ("count", note(3, bytes([2, 0, 0, 0]) + bytes(28))),
         ("unmaps", note(3, bytes([1, 0, 0, 0]) + bytes(28))),
     ],
@@ -397,3 +398,24 @@ def test_dead_sets_read_back_and_what_is_none_is_refused() -> None:
             parse_dead_nodes(struct.pack(f"<{len(numbers)}I", *numbers), PLACE)
     with pytest.raises(FormatError):
         parse_dead_nodes(ranges[:-1], PLACE)
+
+
+@pytest.mark.parametrize("payload", [b"{}", b"[" * 3000, b"\xff\xfe", b"null"])
+def test_a_state_that_is_none_is_refused(payload: bytes) -> None:
+    with pytest.raises(FormatError):
+        parse_state(payload, PLACE)
+
+
+def test_a_state_counts_when_its_last_part_is_there() -> None:
+    parts = StateParts()
+    assert parts.add(1, StateNote(0, 2, b"a")) is None
+    assert parts.add(2, StateNote(1, 1, b"b")) is None
+    assert parts.add(3, StateNote(2, 0, b"c")) == (1, b"abc")
+    assert parts.add(4, StateNote(1, 0, b"x")) is None
+    assert parts.add(5, StateNote(0, 1, b"a")) is None
+    # The writer died here, and began again.
+    assert parts.add(6, StateNote(0, 1, b"d")) is None
+    assert parts.add(7, StateNote(1, 0, b"e")) == (6, b"de")
+    assert parts.add(8, StateNote(0, 1, b"f")) is None
+    assert parts.add(9, StateNote(2, 0, b"g")) is None
+    assert parts.add(10, StateNote(1, 0, b"h")) is None

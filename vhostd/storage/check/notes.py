@@ -21,9 +21,11 @@ from vhostd.storage.format import (
     Place,
     SnapshotNote,
     StateNote,
+    StateParts,
     VolumeState,
     crc32c,
     parse_note,
+    parse_state,
 )
 
 __all__ = ["NoteCheck"]
@@ -57,6 +59,7 @@ class NoteCheck:
         self._findings = findings
         self._state: VolumeState | None = None
         self._state_position = 0
+        self._parts = StateParts()
         self._noted: dict[UUID, _Noted] = {}
         self._bad: list[_BadNote] = []
 
@@ -73,14 +76,26 @@ class NoteCheck:
             self._bad.append(_BadNote(file.path, file.number, offset, error.brief))
             return None
         if isinstance(note, StateNote):
-            self._state, self._state_position = note.state, position
-            self._noted = {
-                snapshot.uuid: _Noted(snapshot.name, snapshot.position, covered)
-                for snapshot in note.state.snapshots
-            }
+            whole = self._parts.add(position, note)
+            if whole is not None:
+                try:
+                    self._take_state(whole[0], parse_state(whole[1], place), covered=covered)
+                except FormatError as error:
+                    self._bad.append(_BadNote(file.path, file.number, offset, error.brief))
+                    return None
         elif isinstance(note, SnapshotNote):
             self._noted[note.uuid] = _Noted(note.name, position, covered)
         return note
+
+    def _take_state(self, position: int, state: VolumeState, *, covered: bool) -> None:
+        self._state, self._state_position = state, position
+        # What was noted between its parts is not in it.
+        later = {uuid: s for uuid, s in self._noted.items() if s.position > position}
+        self._noted = {
+            snapshot.uuid: _Noted(snapshot.name, snapshot.position, covered)
+            for snapshot in state.snapshots
+        }
+        self._noted |= later
 
     def compare(self, volume: CatalogVolume | None) -> None:
         """After the whole log. volume: None if there is no catalog."""

@@ -37,8 +37,8 @@ __all__ = [
 
 RESTORE = "restore what is concerned from a backup"
 REBUILD = (
-    "close the pool and run `vhostctl check --repair`: all that maps and counts are made of is in "
-    "the log"
+    "close the pool and run `vhostctl check --repair`: the log has all that maps and counts are "
+    "made of"
 )
 REPORT = "report this with the log: the accounting of space is wrong"
 

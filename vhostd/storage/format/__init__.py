@@ -47,10 +47,12 @@ from vhostd.storage.format.note import (
     Note,
     SnapshotNote,
     StateNote,
+    StateParts,
     Unmap,
     UnmapsNote,
     VolumeState,
     parse_note,
+    parse_state,
 )
 from vhostd.storage.format.segment import (
     ENTRY_DATA,
@@ -106,6 +108,7 @@ __all__ = [
     "SegmentHeader",
     "SnapshotNote",
     "StateNote",
+    "StateParts",
     "Summary",
     "Superblock",
     "Trailer",
@@ -123,6 +126,7 @@ __all__ = [
     "parse_record",
     "parse_root",
     "parse_segment_header",
+    "parse_state",
     "parse_superblock",
     "parse_trailer",
     "read_catalog",

@@ -28,19 +28,22 @@ __all__ = [
     "NotedVolume",
     "SnapshotNote",
     "StateNote",
+    "StateParts",
     "Unmap",
     "UnmapsNote",
     "VolumeState",
     "parse_note",
+    "parse_state",
 ]
 
 TYPE_SNAPSHOT = 1
 TYPE_STATE = 2
 TYPE_UNMAPS = 3
 STATE_VERSION = 1
+MAX_STATE_PARTS = 64
 
 _WHAT = "note"
-_HEADER = struct.Struct("<4sHHII")
+_HEADER = struct.Struct("<4sHHIHH")
 _SNAPSHOT = struct.Struct("<16sQQH")
 _UNMAPS = struct.Struct("<II")
 _UNMAP = struct.Struct("<QIIQ")
@@ -105,9 +108,36 @@ class VolumeState(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class StateNote:
-    """The newest of them counts, and what is noted behind it."""
+    """A state, or a part of one; see `StateParts`. more: parts that follow this one."""
 
-    state: VolumeState
+    part: int
+    more: int
+    payload: bytes
+
+
+class StateParts:
+    """Puts states together from the state notes of a log, in the log's order."""
+
+    def __init__(self) -> None:
+        self._payload = b""
+        self._position = 0
+        # The part that has to come next, and those behind it.
+        self._wanted: tuple[int, int] | None = None
+
+    def add(self, position: int, note: StateNote) -> tuple[int, bytes] | None:
+        """Takes the next note; a state that is complete with it: its position, its JSON."""
+        if note.part == 0:
+            self._payload, self._position = b"", position
+        elif self._wanted != (note.part, note.more):
+            # A writer died between two parts.
+            self._payload, self._wanted = b"", None
+            return None
+        self._payload += note.payload
+        if note.more:
+            self._wanted = (note.part + 1, note.more - 1)
+            return None
+        self._wanted = None
+        return self._position, self._payload
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,30 +167,27 @@ def parse_note(data: Bytes, place: Place) -> Note:
     """
     if len(data) < _HEADER.size:
         raise FormatError(_WHAT, "length", place, f"{len(data)} bytes")
-    magic, version, kind, length_bytes, _ = _HEADER.unpack_from(data)
+    magic, version, kind, length_bytes, part, more = _HEADER.unpack_from(data)
     check_magic(_WHAT, place, magic, b"VHNT", version)
     check_range(_WHAT, place, "length of the payload", length_bytes, 1, len(data) - _HEADER.size)
     payload = bytes(data[_HEADER.size : _HEADER.size + length_bytes])
     if kind == TYPE_SNAPSHOT:
         return _parse_snapshot(payload, place)
     if kind == TYPE_STATE:
-        return _parse_state(payload, place)
+        if part + more >= MAX_STATE_PARTS:
+            raise FormatError(_WHAT, "state, parts", place, f"part {part} with {more} behind it")
+        return StateNote(part, more, payload)
     if kind == TYPE_UNMAPS:
         return _parse_unmaps(payload, place)
     raise FormatError(_WHAT, "type", place, f"{kind} is not known")
 
 
-def _parse_snapshot(payload: bytes, place: Place) -> SnapshotNote:
-    if len(payload) < _SNAPSHOT.size:
-        raise FormatError(_WHAT, "length of the payload", place, f"{len(payload)} bytes")
-    uuid, created_ns, size_bytes, name_length = _SNAPSHOT.unpack_from(payload)
-    if len(payload) < _SNAPSHOT.size + name_length:
-        raise FormatError(_WHAT, "length of the name", place, f"{name_length} bytes do not fit")
-    name = decode_text(_WHAT, place, "name", payload, _SNAPSHOT.size, name_length)
-    return SnapshotNote(UUID(bytes=uuid), created_ns, size_bytes, name)
+def parse_state(payload: bytes, place: Place) -> VolumeState:
+    """Reads a state that is whole.
 
-
-def _parse_state(payload: bytes, place: Place) -> StateNote:
+    Raises:
+        FormatError: it is none, or of a newer version.
+    """
     try:
         state = msgspec.json.decode(payload, type=VolumeState)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
@@ -173,7 +200,17 @@ def _parse_state(payload: bytes, place: Place) -> StateNote:
     numbers += [n for r in state.rollbacks for n in (r.position, r.to)]
     if not all(0 <= number < 1 << 64 for number in numbers):
         raise FormatError(_WHAT, "state", place, "a size or a position is no number of 64 bits")
-    return StateNote(state)
+    return state
+
+
+def _parse_snapshot(payload: bytes, place: Place) -> SnapshotNote:
+    if len(payload) < _SNAPSHOT.size:
+        raise FormatError(_WHAT, "length of the payload", place, f"{len(payload)} bytes")
+    uuid, created_ns, size_bytes, name_length = _SNAPSHOT.unpack_from(payload)
+    if len(payload) < _SNAPSHOT.size + name_length:
+        raise FormatError(_WHAT, "length of the name", place, f"{name_length} bytes do not fit")
+    name = decode_text(_WHAT, place, "name", payload, _SNAPSHOT.size, name_length)
+    return SnapshotNote(UUID(bytes=uuid), created_ns, size_bytes, name)
 
 
 def _parse_unmaps(payload: bytes, place: Place) -> UnmapsNote:
