@@ -4,8 +4,8 @@
 //! Invariants:
 //! - Every submitted operation completes exactly once, in any order.
 //! - Operations are unordered unless the submitter waits for a completion in between. The one
-//!   promise: when [`Op::Sync`] completes with success, every write to that segment whose
-//!   completion the submitter had seen *before submitting the sync* is durable.
+//!   promise: when [`Op::Sync`] completes with success, every write to and release in that
+//!   segment whose completion the submitter had seen *before submitting the sync* is durable.
 //! - An implementation belongs to one thread.
 
 mod blocking;
@@ -20,6 +20,7 @@ pub use tokens::Tokens;
 pub use uring::{UringIo, WatchId};
 
 use std::io;
+use std::ops::Range;
 use std::time::Duration;
 
 use crate::types::SegmentNumber;
@@ -61,10 +62,23 @@ pub enum Op {
     /// `StorageFull` when there is none, or only what is kept for checkpoints; devices that cannot
     /// allocate ahead complete at once.
     Reserve { offset_bytes: u64, len_bytes: u64 },
-    /// Gives the space of a byte range back (punches a hole); reads of it yield zeroes after.
-    Release { offset_bytes: u64, len_bytes: u64 },
+    /// Gives the space of byte ranges back (punches holes); reads of them yield zeroes after. It is
+    /// done one range after the other, so that reads of the segment get in between, and never waited
+    /// for on the submitting thread. After an error some of it may be done. Like a write, it may come
+    /// undone in a crash, block by block, until a [`Op::Sync`] submitted after its completion is done.
+    Release { ranges: Vec<Range<u64>> },
     /// Removes the segment. Completes with success if it is not there.
     Remove,
+}
+
+impl Op {
+    /// Gives the space of one range back.
+    #[must_use]
+    pub fn release(range: Range<u64>) -> Self {
+        Self::Release {
+            ranges: vec![range],
+        }
+    }
 }
 
 /// The outcome of one operation.

@@ -577,10 +577,7 @@ fn seal(
     // Torn records and reserved space behind the end. Only tidiness: the footer has spoken.
     let end_bytes = u64::from(last.offset_blocks + 1 + last.data_blocks) * BLOCK;
     if end_bytes < offset_bytes {
-        let op = Op::Release {
-            offset_bytes: end_bytes,
-            len_bytes: offset_bytes - end_bytes,
-        };
+        let op = Op::release(end_bytes..offset_bytes);
         let _ = io.run(number, op);
     }
     Ok(true)

@@ -112,10 +112,7 @@ impl Log {
         // Reserved space between the last record and the footer goes back.
         let end_bytes = u64::from(sealing.end_blocks) * BLOCK_BYTES as u64;
         if end_bytes < sealing.footer_at {
-            let op = Op::Release {
-                offset_bytes: end_bytes,
-                len_bytes: sealing.footer_at - end_bytes,
-            };
+            let op = Op::release(end_bytes..sealing.footer_at);
             self.submit(io, segment, op, LogOp::Tidy);
         }
         self.events.push(LogEvent::Sealed {

@@ -2,6 +2,7 @@
 //! takes no memory.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::rng::SimRng;
@@ -41,6 +42,13 @@ enum ChangeData {
 pub(super) struct Luck {
     pub(super) keep: f64,
     pub(super) tear: f64,
+}
+
+impl Change {
+    /// The sector, if it is released as a whole, and so gives its space back.
+    pub(super) fn whole_hole(&self) -> Option<u64> {
+        matches!(self.data, ChangeData::Released(SECTOR_BYTES)).then_some(self.sector)
+    }
 }
 
 impl Content {
@@ -158,9 +166,14 @@ pub(super) fn written(offset_bytes: u64, bytes: &[u8], next_id: &mut u64) -> Vec
         .collect()
 }
 
-/// The changes that punching a hole makes.
-pub(super) fn released(offset_bytes: u64, len_bytes: u64, next_id: &mut u64) -> Vec<Change> {
-    pieces(offset_bytes, len_bytes as usize)
+/// The changes that punching holes makes, one a sector: a crash may leave any of them undone.
+pub(super) fn released(ranges: &[Range<u64>], next_id: &mut u64) -> Vec<Change> {
+    ranges
+        .iter()
+        .flat_map(|range| {
+            let len_bytes = range.end.saturating_sub(range.start);
+            pieces(range.start, len_bytes as usize)
+        })
         .map(|(sector, start, range)| Change {
             id: take(next_id),
             sector,

@@ -416,24 +416,24 @@ impl State {
                     _ => Err(libc::ENOSPC),
                 }
             }
-            SimOp::Release {
-                offset_bytes,
-                len_bytes,
-            } => {
-                if let Some(Fault::Error(errno)) = op.fault {
-                    return Err(errno);
+            SimOp::Release { ranges } => {
+                if op.fault == Some(Fault::Lost) {
+                    return Ok(0);
                 }
-                if op.fault != Some(Fault::Lost) {
-                    segment.change(released(*offset_bytes, *len_bytes, &mut self.next_change));
-                    let whole = pieces(*offset_bytes, *len_bytes as usize)
-                        .filter(|(_, _, range)| range.len() == SECTOR_BYTES);
-                    for (sector, ..) in whole {
-                        if segment.allocated.remove(&sector) {
-                            give_back(&mut self.free_bytes, 1);
-                        }
+                let mut changes = released(ranges, &mut self.next_change);
+                if let Some(Fault::Error(_)) = op.fault {
+                    changes.retain(|_| self.rng.coin());
+                }
+                for sector in changes.iter().filter_map(Change::whole_hole) {
+                    if segment.allocated.remove(&sector) {
+                        give_back(&mut self.free_bytes, 1);
                     }
                 }
-                Ok(0)
+                segment.change(changes);
+                match op.fault {
+                    Some(Fault::Error(errno)) => Err(errno),
+                    _ => Ok(0),
+                }
             }
             SimOp::Create { .. } | SimOp::Remove => Ok(0),
         }
@@ -521,11 +521,8 @@ impl State {
                     let changes = written(offset_bytes, data, &mut self.next_change);
                     self.resolve_changes(op.segment, &changes, luck);
                 }
-                SimOp::Release {
-                    offset_bytes,
-                    len_bytes,
-                } => {
-                    let changes = released(*offset_bytes, *len_bytes, &mut self.next_change);
+                SimOp::Release { ranges } => {
+                    let changes = released(ranges, &mut self.next_change);
                     self.resolve_changes(op.segment, &changes, luck);
                 }
                 SimOp::Create { header } => {
@@ -616,16 +613,7 @@ fn copy(op: Op) -> (SimOp, Vec<IoBuf>) {
             };
             (op, Vec::new())
         }
-        Op::Release {
-            offset_bytes,
-            len_bytes,
-        } => {
-            let op = SimOp::Release {
-                offset_bytes,
-                len_bytes,
-            };
-            (op, Vec::new())
-        }
+        Op::Release { ranges } => (SimOp::Release { ranges }, Vec::new()),
         Op::Remove => (SimOp::Remove, Vec::new()),
     }
 }

@@ -1,5 +1,6 @@
 //! What a simulated disk is told to do wrong, and the record of what it was asked to do.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::rng::SimRng;
@@ -20,7 +21,7 @@ pub enum OpKind {
 /// What goes wrong with an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It fails with this errno. A write may have been done in part; after a failed sync, data
+    /// It fails with this errno. A write or a release may have been done in part; after a failed sync, data
     /// that was not durable may never be, whatever later syncs say, as with real kernels.
     Error(i32),
     /// One bit of what is read or written is wrong; reads only this once.
@@ -116,8 +117,7 @@ pub enum SimOp {
         len_bytes: u64,
     },
     Release {
-        offset_bytes: u64,
-        len_bytes: u64,
+        ranges: Vec<Range<u64>>,
     },
     Remove,
 }

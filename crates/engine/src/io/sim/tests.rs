@@ -191,10 +191,7 @@ fn what_a_sync_covers_survives_every_crash() {
         let mut fixture = Fixture::new(seed);
         fixture.write(4096, 16384, 7).unwrap();
         fixture.sync().unwrap();
-        let release = Op::Release {
-            offset_bytes: 8192,
-            len_bytes: 4096,
-        };
+        let release = Op::release(8192..12288);
         fixture.run(SEGMENT, release).unwrap();
         fixture.sync().unwrap();
         for mode in [
@@ -210,6 +207,34 @@ fn what_a_sync_covers_survives_every_crash() {
             );
         }
     }
+}
+
+#[test]
+fn each_released_block_may_be_back_until_a_sync() {
+    let mut fixture = Fixture::new(1);
+    fixture.write(4096, 16384, 7).unwrap();
+    fixture.sync().unwrap();
+    let release = || Op::Release {
+        ranges: vec![4096..8192, 12288..20480],
+    };
+    fixture.run(SEGMENT, release()).unwrap();
+    let after =
+        |disk: &SimDisk| [4096, 8192, 12288, 16384].map(|offset_bytes| at(disk, offset_bytes));
+    assert_eq!(after(&fixture.disk), [0, 7, 0, 0]);
+    let kinds = outcomes(|seed| after(&fixture.disk.crash(CrashMode::Random, seed)));
+    assert_eq!(kinds.len(), 8, "every subset: {kinds:?}");
+    fixture.sync().unwrap();
+    let kinds = outcomes(|seed| after(&fixture.disk.crash(CrashMode::Random, seed)));
+    assert_eq!(kinds.into_iter().collect::<Vec<_>>(), [[0, 7, 0, 0]]);
+    // One that fails may have been done in part.
+    let kinds = outcomes(|seed| {
+        let mut fixture = Fixture::new(seed);
+        fixture.write(4096, 16384, 7).unwrap();
+        fixture.fault(OpKind::Release, When::Nth(0), Fault::Error(libc::EIO));
+        assert_eq!(errno(fixture.run(SEGMENT, release())), libc::EIO);
+        after(&fixture.disk)
+    });
+    assert_eq!(kinds.len(), 8, "every subset: {kinds:?}");
 }
 
 #[test]
@@ -407,10 +432,7 @@ fn full_disk_fails_writes_and_reservations_until_space_is_given_back() {
         .run(SEGMENT, reserve(range(16384, 4096)))
         .unwrap_err();
     assert_eq!(error.kind(), io::ErrorKind::StorageFull);
-    let release = Op::Release {
-        offset_bytes: 4096,
-        len_bytes: 4096,
-    };
+    let release = Op::release(4096..8192);
     fixture.run(SEGMENT, release).unwrap();
     fixture.run(SEGMENT, reserve(range(16384, 4096))).unwrap();
     assert_eq!(at(&fixture.disk, 4096), 0);
@@ -579,8 +601,10 @@ fn simulated_and_real_devices_agree() {
                 1 => Op::Remove,
                 2 => Op::Sync,
                 3 => Op::Release {
-                    offset_bytes,
-                    len_bytes,
+                    ranges: vec![
+                        offset_bytes..offset_bytes + len_bytes / 2,
+                        offset_bytes + len_bytes..offset_bytes + len_bytes + 4096,
+                    ],
                 },
                 4 => Op::Reserve {
                     offset_bytes,

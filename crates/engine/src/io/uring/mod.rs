@@ -507,14 +507,14 @@ impl Io for UringIo {
             Op::Reserve {
                 offset_bytes,
                 len_bytes,
-            } => (Work::allocate(offset_bytes, len_bytes, 0), None),
-            Op::Release {
-                offset_bytes,
-                len_bytes,
-            } => {
-                let mode = libc::FALLOC_FL_PUNCH_HOLE;
-                (Work::allocate(offset_bytes, len_bytes, mode), None)
-            }
+            } => (
+                Work::Reserve {
+                    offset_bytes,
+                    len_bytes,
+                },
+                None,
+            ),
+            Op::Release { ranges } => (Work::release(ranges), None),
             Op::Create { header } => (Work::Helped, Some(Task::Create(header))),
             Op::Remove => (Work::Helped, Some(Task::Remove)),
         };

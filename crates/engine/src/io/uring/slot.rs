@@ -2,8 +2,10 @@
 //!
 //! Unsafe here: taking over descriptors that openat returned.
 
+use std::collections::VecDeque;
 use std::ffi::CString;
 use std::io;
+use std::ops::Range;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -50,11 +52,13 @@ pub(super) enum Work {
     Sync {
         writes: u64,
     },
-    Allocate {
+    Reserve {
         offset_bytes: u64,
         len_bytes: u64,
-        mode: i32,
     },
+    /// The first range is the next; each is a call of its own, because a hole keeps every other
+    /// user of the file waiting while it is punched.
+    Release(VecDeque<Range<u64>>),
     Helped,
 }
 
@@ -112,14 +116,21 @@ impl Slot {
                 *writes = file.writes();
                 opcode::Fsync::new(fd).flags(FsyncFlags::DATASYNC).build()
             }
-            Work::Allocate {
+            // The length of a segment tells how far it was written; never longer.
+            Work::Reserve {
                 offset_bytes,
                 len_bytes,
-                mode,
             } => opcode::Fallocate::new(fd, *len_bytes)
                 .offset(*offset_bytes)
-                .mode(*mode)
+                .mode(libc::FALLOC_FL_KEEP_SIZE)
                 .build(),
+            Work::Release(ranges) => match ranges.front() {
+                Some(range) => opcode::Fallocate::new(fd, range.end - range.start)
+                    .offset(range.start)
+                    .mode(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE)
+                    .build(),
+                None => opcode::Nop::new().build(),
+            },
             Work::Helped => opcode::Nop::new().build(),
         }
     }
@@ -187,7 +198,16 @@ impl Slot {
                 file.note_sync(*writes);
                 Step::Done(Ok(0))
             }
-            Work::Allocate { .. } | Work::Helped => Step::Done(Ok(0)),
+            Work::Release(ranges) => {
+                ranges.pop_front();
+                if ranges.is_empty() {
+                    return Step::Done(Ok(0));
+                }
+                // Interruptions are counted for each range.
+                self.retries = 0;
+                Step::Again
+            }
+            Work::Reserve { .. } | Work::Helped => Step::Done(Ok(0)),
         }
     }
 }
@@ -199,25 +219,23 @@ impl Step {
 }
 
 impl Work {
-    pub(super) const fn allocate(offset_bytes: u64, len_bytes: u64, mode: i32) -> Self {
-        Self::Allocate {
-            offset_bytes,
-            len_bytes,
-            // The length of a segment tells how far it was written; never longer.
-            mode: mode | libc::FALLOC_FL_KEEP_SIZE,
-        }
+    pub(super) fn release(ranges: Vec<Range<u64>>) -> Self {
+        let mut ranges = VecDeque::from(ranges);
+        ranges.retain(|range| !range.is_empty());
+        Self::Release(ranges)
     }
 
     /// Whether a file system that cannot do it does no harm. Space that is not given back is not
     /// wrong, but reads of it have to yield zeroes, so a hole is not optional.
     const fn is_optional(&self) -> bool {
-        matches!(self, Self::Allocate { mode, .. } if *mode & libc::FALLOC_FL_PUNCH_HOLE == 0)
+        matches!(self, Self::Reserve { .. })
     }
 
-    pub(super) const fn is_nothing(&self) -> bool {
+    pub(super) fn is_nothing(&self) -> bool {
         match self {
             Self::Read(transfer) | Self::Write { transfer, .. } => transfer.left_bytes == 0,
-            Self::Allocate { len_bytes, .. } => *len_bytes == 0,
+            Self::Reserve { len_bytes, .. } => *len_bytes == 0,
+            Self::Release(ranges) => ranges.is_empty(),
             Self::Sync { .. } | Self::Helped => false,
         }
     }
@@ -355,13 +373,26 @@ mod tests {
     }
 
     #[test]
+    fn each_range_is_released_in_a_call_of_its_own() {
+        let mut release = slot(Work::release(vec![0..4096, 8192..8192, 8192..12288]));
+        assert!(matches!(release.advance(-libc::EINTR), Step::Again));
+        assert!(matches!(release.advance(0), Step::Again));
+        assert!(matches!(release.advance(-libc::EINTR), Step::Again));
+        assert!(matches!(release.advance(0), Step::Done(Ok(0))));
+        assert!(Work::release(Vec::new()).is_nothing());
+    }
+
+    #[test]
     fn only_a_reservation_may_be_unsupported() {
-        let mut reserve = slot(Work::allocate(0, 4096, 0));
+        let mut reserve = slot(Work::Reserve {
+            offset_bytes: 0,
+            len_bytes: 4096,
+        });
         assert!(matches!(
             reserve.advance(-libc::EOPNOTSUPP),
             Step::Done(Ok(0))
         ));
-        let mut release = slot(Work::allocate(0, 4096, libc::FALLOC_FL_PUNCH_HOLE));
+        let mut release = slot(Work::release(vec![0..4096, 4096..8192]));
         assert!(matches!(
             release.advance(-libc::EOPNOTSUPP),
             Step::Done(Err(_))

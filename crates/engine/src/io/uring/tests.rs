@@ -237,14 +237,22 @@ fn reserved_space_keeps_the_length_and_released_space_reads_as_zeroes() {
 
         let data = filled(16384, 5);
         fixture.run(1, write(4096, &data, true)).unwrap();
-        let release = Op::Release {
-            offset_bytes: 8192,
-            len_bytes: 4096,
-        };
+        let release = Op::release(8192..12288);
         fixture.run(1, release).unwrap();
         let mut expected = vec![5; 16384];
         expected[4096..8192].fill(0);
         assert_eq!(fixture.read(1, 4096, 32768).unwrap(), expected);
+
+        let before = blocks(&path);
+        let release = Op::Release {
+            ranges: vec![4096..8192, 16384..20480, 40960..40960, 1 << 30..2 << 30],
+        };
+        fixture.run(1, release).unwrap();
+        expected[..4096].fill(0);
+        expected[12288..].fill(0);
+        assert_eq!(fixture.read(1, 4096, 32768).unwrap(), expected);
+        assert!(blocks(&path) < before, "space was given back");
+        assert_eq!(std::fs::metadata(&path).unwrap().len(), 20480);
     }
 }
 
