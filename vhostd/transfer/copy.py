@@ -8,6 +8,7 @@ either end. One thread.
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from errno import EINVAL, ENOSPC, ENXIO
@@ -55,8 +56,11 @@ class Disk(Protocol):
     def block_bytes(self) -> int: ...
     @property
     def max_request_bytes(self) -> int: ...
+    @property
+    def max_write_zeroes_bytes(self) -> int: ...
     def submit_read(self, offset_bytes: int, len_bytes: int, /) -> int: ...
     def submit_write(self, offset_bytes: int, data: bytes | bytearray | memoryview, /) -> int: ...
+    def submit_write_zeroes(self, extents: Sequence[Any], /) -> int: ...
     def reap(self, *, minimum: int = 1) -> list[Any]: ...
     def flush(self) -> None: ...
 
@@ -237,6 +241,41 @@ class DiskReader:
         while reading:
             yield from self._reap(reading)
 
+    def read_in_order(
+        self, parts: Iterable[tuple[Extent, bool]]
+    ) -> Iterator[tuple[Extent, bytes | None]]:
+        """Reads the parts that are marked, and passes on the others, all in their order.
+
+        At most DEPTH pieces are read or wait for their turn.
+        """
+        disk = self._disk
+        chunk_bytes = min(CHUNK_BYTES, disk.max_request_bytes)
+        reading: dict[int, Extent] = {}
+        ready: dict[int, bytes] = {}
+        order: deque[tuple[Extent, bool]] = deque()
+        pieces = (
+            (piece, marked)
+            for part, marked in parts
+            for piece in (_chunks([part], chunk_bytes) if marked else [part])
+        )
+        more = True
+        while order or more:
+            while more and len(order) < DEPTH:
+                found = next(pieces, None)
+                if found is None:
+                    more = False
+                    break
+                order.append(found)
+                if found[1]:
+                    reading[disk.submit_read(*found[0])] = found[0]
+            if not order:
+                return
+            piece, marked = order[0]
+            while marked and piece.offset_bytes not in ready:
+                ready.update(self._reap(reading))
+            order.popleft()
+            yield piece, ready.pop(piece.offset_bytes) if marked else None
+
     def _reap(self, reading: dict[int, Extent]) -> Iterator[tuple[int, bytes]]:
         for done in self._disk.reap():
             extent = reading.pop(done.token)
@@ -255,6 +294,7 @@ class DiskWriter:
         self._disk = disk
         self._name = name
         self._writing: dict[int, Extent] = {}
+        self._failure: DeviceError | None = None
 
     def write(self, offset_bytes: int, data: memoryview) -> None:
         chunk_bytes = min(CHUNK_BYTES, self._disk.max_request_bytes)
@@ -266,19 +306,32 @@ class DiskWriter:
             token = self._disk.submit_write(start, piece)
             self._writing[token] = Extent(start, len(piece))
 
+    def zeroes(self, offset_bytes: int, len_bytes: int) -> None:
+        """Makes a part of any length read as zeroes, and gives its space back."""
+        chunk_bytes = self._disk.max_write_zeroes_bytes
+        for extent in _chunks([Extent(offset_bytes, len_bytes)], chunk_bytes):
+            while len(self._writing) >= DEPTH:
+                self._reap()
+            self._writing[self._disk.submit_write_zeroes([extent])] = extent
+
     def finish(self) -> None:
         while self._writing:
             self._reap()
+        if self._failure is not None:
+            # A flush would succeed, and say nothing of the write that did not.
+            raise self._failure
         self._disk.flush()
 
     def _reap(self) -> None:
         for done in self._disk.reap():
             extent = self._writing.pop(done.token)
             if done.status != 0:
-                raise DeviceError(
+                self._failure = DeviceError(
                     f"{self._name}: writing {extent.len_bytes} bytes at {extent.offset_bytes} "
                     f"failed with status {done.status}; see the daemon's log (is the device full?)"
                 )
+        if self._failure is not None:
+            raise self._failure
 
 
 def remove_quietly(path: Path) -> None:

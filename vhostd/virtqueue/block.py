@@ -284,6 +284,12 @@ class BlockDevice:
             * self.block_bytes,
         )
 
+    @property
+    def max_write_zeroes_bytes(self) -> int:
+        """What one extent of a write-zeroes may have."""
+        sectors = self.config.max_write_zeroes_sectors or _LARGEST_REQUEST_BYTES // SECTOR_BYTES
+        return max(self.block_bytes, sectors * SECTOR_BYTES // self.block_bytes * self.block_bytes)
+
     def _max_segment_bytes(self) -> int:
         if self.has(VirtioFeature.BLK_SIZE_MAX) and self.config.size_max_bytes:
             return self.config.size_max_bytes
