@@ -67,6 +67,9 @@ number!(
 pub struct Address(u64);
 
 impl Address {
+    /// No address at all: lower than any.
+    pub const NONE: Self = Self(0);
+
     /// # Panics
     /// If `block` or `segment` is outside the bits an address has for it.
     #[must_use]

@@ -6,7 +6,7 @@ use vhostd_engine::log::LogPosition;
 use vhostd_engine::map::NodeLocation;
 use vhostd_engine::segment::SegmentKind;
 use vhostd_engine::types::{SegmentNumber, Sequence, Uuid};
-use vhostd_engine::volume::{CheckpointResult, CheckpointState, SegmentRow};
+use vhostd_engine::volume::{CheckpointResult, CheckpointState, DeadSet, SegmentRow};
 
 use crate::errors::Failure;
 
@@ -84,22 +84,36 @@ pub struct Row {
     sealed: bool,
     used_blocks: u32,
     live: u64,
+    #[pyo3(default)]
+    dead: Vec<u8>,
+    #[pyo3(default)]
+    punched_blocks: u32,
+    #[pyo3(default)]
+    notes: u32,
+    #[pyo3(default)]
+    unmaps: u32,
 }
 
 impl Row {
     pub fn parse(self) -> Result<SegmentRow, Failure> {
-        let kind = SegmentKind::from_byte(self.kind);
+        let kind = SegmentKind::from_byte(self.kind).ok_or_else(|| {
+            Failure::usage(format!(
+                "segment {}: kind {} is not 1 or 2",
+                self.number, self.kind
+            ))
+        })?;
+        let dead = DeadSet::decode(kind, &self.dead)
+            .map_err(|error| Failure::usage(format!("segment {}: {error}", self.number)))?;
         Ok(SegmentRow {
             number: SegmentNumber(self.number),
-            kind: kind.ok_or_else(|| {
-                Failure::usage(format!(
-                    "segment {}: kind {} is not 1 or 2",
-                    self.number, self.kind
-                ))
-            })?,
+            kind,
             sealed: self.sealed,
             used_blocks: self.used_blocks,
             live: self.live,
+            dead,
+            punched_blocks: self.punched_blocks,
+            notes: self.notes,
+            unmaps: self.unmaps,
         })
     }
 }
@@ -111,6 +125,10 @@ fn row_dict<'py>(py: Python<'py>, row: &SegmentRow) -> PyResult<Bound<'py, PyDic
     dict.set_item("sealed", row.sealed)?;
     dict.set_item("used_blocks", row.used_blocks)?;
     dict.set_item("live", row.live)?;
+    dict.set_item("dead", PyBytes::new(py, &row.dead.encode()))?;
+    dict.set_item("punched_blocks", row.punched_blocks)?;
+    dict.set_item("notes", row.notes)?;
+    dict.set_item("unmaps", row.unmaps)?;
     Ok(dict)
 }
 

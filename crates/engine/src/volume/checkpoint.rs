@@ -174,7 +174,7 @@ impl Volume {
         self.space.drop_nodes(&mut dead_nodes);
         self.note_used_blocks(position);
         self.map.begin_checkpoint();
-        let removed = self.space.dead(SegmentKind::Log, position.segment);
+        let removable = self.space.removable(position.segment, None, false);
         self.checkpoints.run = Some(Run {
             stage: Stage::Nodes,
             position,
@@ -182,7 +182,7 @@ impl Volume {
             flush_to,
             root: None,
             changed: self.space.take_changed(),
-            removed,
+            removed: [removable.now, removable.carry].concat(),
             touched: BTreeSet::new(),
             in_flight: 0,
             failed: None,
@@ -461,14 +461,14 @@ impl Volume {
         let current = self.current_map_segment();
         run.removed.extend(
             self.space
-                .dead(SegmentKind::Map, SegmentNumber(u64::MAX))
+                .dead_map_segments()
                 .into_iter()
                 .filter(|number| *number != current),
         );
         for row in self.space.rows().filter(|row| row.kind == SegmentKind::Map) {
             if run.touched.contains(&row.number) {
                 run.changed.retain(|old| old.number != row.number);
-                run.changed.push(*row);
+                run.changed.push(row.clone());
             }
         }
         let Run {

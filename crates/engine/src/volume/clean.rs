@@ -94,7 +94,7 @@ impl Cleaner {
 impl Volume {
     /// What is worth emptying before the next checkpoint.
     pub(super) fn plan_cleaning(&self) -> Cleaner {
-        let segments = self.space.sparse_map_segments(MOST_LIVE_BYTES).into();
+        let segments = self.space.sparse_map_segments(None, MOST_LIVE_BYTES).into();
         Cleaner {
             segments,
             offset_bytes: BLOCK_BYTES as u32,

@@ -14,6 +14,7 @@
 
 mod checkpoint;
 mod clean;
+mod dead;
 mod modify;
 mod open;
 mod read;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 pub use checkpoint::{CheckpointResult, CheckpointState};
+pub use dead::{DeadSet, DeadSetError};
 pub use open::{VolumeSpec, open};
 pub use space::{SegmentRow, SpaceTotals};
 

@@ -264,7 +264,7 @@ impl Volume {
         self.map
             .insert(first, address, &checksums, &mut self.displaced)
             .expect("the leaves were made resident in this very step");
-        self.space.displace(&mut self.displaced);
+        self.space.displace(&mut self.displaced, Address::NONE);
         self.space.revive(address.segment(), u64::from(count));
         self.checksums = checksums;
         self.stats.written_bytes += to_bytes - copy.offset_bytes;
@@ -379,11 +379,12 @@ impl Volume {
             };
             *next = block;
             self.prepare(io, slot, 0, now)?;
-            self.log_mut().append_unmap(block, count, now);
+            let position = self.log_mut().append_unmap(block, count, now);
+            self.space.count_unmaps(position.segment(), 1);
             self.map
                 .remove(block, count, &mut self.displaced)
                 .expect("the leaf was made resident in this very step");
-            self.space.displace(&mut self.displaced);
+            self.space.displace(&mut self.displaced, Address::NONE);
             *next = block.plus(u64::from(count));
         }
         self.runnable.push_back(slot);

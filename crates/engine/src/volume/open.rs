@@ -15,7 +15,7 @@ use crate::io::{BlockingIo, DeviceId, Io, Op, Tokens};
 use crate::log::{Log, LogConfig, LogPosition, Recovery, RecoveryInput, VolumeAttributes, recover};
 use crate::map::{Displaced, Extents, Map, NeedNode, NodeLocation};
 use crate::segment::{EntryKind, RecordSummary, SegmentHeader, SegmentKind};
-use crate::types::{BLOCK_BYTES, BlockNumber, Epoch, SegmentNumber, Uuid};
+use crate::types::{Address, BLOCK_BYTES, BlockNumber, Epoch, SegmentNumber, Uuid};
 
 /// Everything that opening a volume needs.
 #[derive(Clone, Debug)]
@@ -236,11 +236,14 @@ impl Replay {
                     })?;
                     self.space.revive(segment, u64::from(entry.count));
                 }
-                EntryKind::Unmap => self.unmap(io, entry.block, entry.count)?,
+                EntryKind::Unmap => {
+                    self.unmap(io, entry.block, entry.count)?;
+                    self.space.count_unmaps(segment, 1);
+                }
                 // It changes no block.
                 EntryKind::Note => {}
             }
-            self.space.displace(&mut self.displaced);
+            self.space.displace(&mut self.displaced, Address::NONE);
         }
         let share = self.budget.share_bytes();
         if self.map.memory_bytes() > share {

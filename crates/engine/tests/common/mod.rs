@@ -73,7 +73,7 @@ impl Catalog {
         self.checkpoint = result.state;
         self.mapped_blocks = result.mapped_blocks;
         for row in &result.changed {
-            self.rows.insert(row.number, *row);
+            self.rows.insert(row.number, row.clone());
         }
         for number in &result.removed {
             self.rows.remove(number);
@@ -148,7 +148,7 @@ impl<'a> Harness<'a> {
             read_only: false,
             checkpoint: catalog.checkpoint,
             mapped_blocks: catalog.mapped_blocks,
-            segments: catalog.rows.values().copied().collect(),
+            segments: catalog.rows.values().cloned().collect(),
             uncatalogued: on_device
                 .iter()
                 .copied()
