@@ -380,6 +380,7 @@ impl Log {
         OpenRecord::start(
             self.staging.bytes_mut(position, BLOCK_BYTES),
             &identity,
+            self.durable_sequence,
             now.realtime_ns,
         );
         self.staging.set_open(position);

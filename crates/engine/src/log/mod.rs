@@ -48,7 +48,7 @@ pub use staging::{MIN_RING_BYTES, StagedLog, StagedPiece, Staging, StagingIdenti
 use crate::device::SegmentNumbers;
 use crate::io::{Completion, DeviceId, Io, Op, Target, Tokens};
 use crate::segment::{FooterBuilder, SegmentHeader, SegmentKind};
-use crate::types::{Address, BLOCK_BYTES, Epoch, SegmentNumber, Uuid};
+use crate::types::{Address, BLOCK_BYTES, Epoch, SegmentNumber, Sequence, Uuid};
 
 const BLOCK: u64 = BLOCK_BYTES as u64;
 /// Largest data of one guest write that is kept in one record, and so atomic.
@@ -225,10 +225,10 @@ struct Sealing {
 #[derive(Debug)]
 enum FlushStage {
     Idle,
-    /// Waiting until everything before the position is written.
-    Writing(u64),
+    /// Waiting until everything before the position, which the record ends, is written.
+    Writing(u64, Sequence),
     /// Waiting for so many syncs.
-    Syncing(u64, usize),
+    Syncing(u64, Sequence, usize),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -272,6 +272,8 @@ pub struct Log {
     written: u64,
     writes: VecDeque<WriteRange>,
     durable: u64,
+    /// Of the last record that is durable.
+    durable_sequence: Sequence,
     unsynced: BTreeSet<SegmentNumber>,
     flush: FlushStage,
     flush_wanted: u64,
@@ -324,6 +326,8 @@ impl Log {
             written: 0,
             writes: VecDeque::new(),
             durable: 0,
+            // Recovery has made everything up to its end durable.
+            durable_sequence: last.sequence,
             unsynced: BTreeSet::new(),
             flush: FlushStage::Idle,
             flush_wanted: 0,

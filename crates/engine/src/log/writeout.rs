@@ -162,17 +162,18 @@ impl Log {
                     self.close_record();
                     self.write_out(io);
                     self.dirty_since_ns = None;
-                    self.flush = FlushStage::Writing(self.closed_end());
+                    self.flush = FlushStage::Writing(self.closed_end(), self.last.sequence);
                 }
-                FlushStage::Writing(target) if self.written >= target => {
+                FlushStage::Writing(target, sequence) if self.written >= target => {
                     let segments = std::mem::take(&mut self.unsynced);
-                    self.flush = FlushStage::Syncing(target, segments.len());
+                    self.flush = FlushStage::Syncing(target, sequence, segments.len());
                     for segment in segments {
                         self.submit(io, segment, Op::Sync, LogOp::Sync { segment });
                     }
                 }
-                FlushStage::Syncing(target, 0) => {
+                FlushStage::Syncing(target, sequence, 0) => {
                     self.durable = target;
+                    self.durable_sequence = sequence;
                     self.flush = FlushStage::Idle;
                 }
                 _ => return,
@@ -184,7 +185,7 @@ impl Log {
         if let Err(error) = result {
             return self.fail("syncing", segment, &error);
         }
-        if let FlushStage::Syncing(_, waiting) = &mut self.flush {
+        if let FlushStage::Syncing(_, _, waiting) = &mut self.flush {
             *waiting -= 1;
         }
     }

@@ -7,6 +7,7 @@ mod footer;
 mod header;
 mod note;
 mod record;
+mod summaries;
 
 pub use footer::{FooterBuilder, PlacedEntry, RecordSummary, TRAILER_BYTES, Trailer};
 pub use header::{SegmentHeader, SegmentKind};
@@ -18,6 +19,8 @@ pub use record::{
     ENTRY_BYTES, Entry, EntryKind, MAX_RECORD_BLOCKS, MAX_RECORD_ENTRIES, OpenRecord,
     RECORD_ENTRIES_OFFSET, Record, RecordIdentity, fits_in_record,
 };
+
+pub use summaries::{Summaries, SummaryReader};
 
 use crate::crc::crc32c;
 

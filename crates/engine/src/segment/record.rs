@@ -114,7 +114,15 @@ impl<'a> OpenRecord<'a> {
     ///
     /// # Panics
     /// If `block` is not one block long.
-    pub fn start(block: &'a mut [u8], identity: &RecordIdentity, opened_ns: u64) -> Self {
+    ///
+    /// `durable` is the sequence number up to which the log is durable now. A record that says so can
+    /// only be found if that is true, which tells a record that is missing from one that never was.
+    pub fn start(
+        block: &'a mut [u8],
+        identity: &RecordIdentity,
+        durable: Sequence,
+        opened_ns: u64,
+    ) -> Self {
         assert_eq!(block.len(), BLOCK_BYTES, "a record header is one block");
         block.fill(0);
         put(block, 0, MAGIC);
@@ -127,6 +135,7 @@ impl<'a> OpenRecord<'a> {
         put(block, 64, &identity.offset_blocks.to_le_bytes());
         put(block, 76, &identity.previous_checksum.to_le_bytes());
         put(block, 88, &opened_ns.to_le_bytes());
+        put(block, 96, &durable.0.to_le_bytes());
         Self { block }
     }
 
@@ -198,6 +207,8 @@ pub struct Record {
     /// The header's own checksum: the next record's `previous_checksum`.
     pub header_checksum: u32,
     pub opened_ns: u64,
+    /// The log was durable up to this record when this one was opened.
+    pub durable: Sequence,
 }
 
 impl Record {
@@ -232,6 +243,9 @@ impl Record {
         {
             return Err(wrong("data_blocks"));
         }
+        if get_u64(block, 96) >= get_u64(block, 48) {
+            return Err(wrong("durable sequence number"));
+        }
         let checksums = (0..data_blocks as usize)
             .map(|i| get_u32(block, BLOCK_BYTES - 4 * (i + 1)))
             .collect();
@@ -250,6 +264,7 @@ impl Record {
             checksums,
             header_checksum: get_u32(block, CHECKSUM_AT),
             opened_ns: get_u64(block, 88),
+            durable: Sequence(get_u64(block, 96)),
         })
     }
 }
@@ -273,7 +288,7 @@ mod tests {
 
     fn build(entries: &[(u64, u32, bool)]) -> (Vec<u8>, u32, u32) {
         let mut block = vec![0xaa; BLOCK_BYTES];
-        let mut open = OpenRecord::start(&mut block, &identity(), 14);
+        let mut open = OpenRecord::start(&mut block, &identity(), Sequence(11), 14);
         let mut data_blocks = 0;
         let mut kept = 0;
         for &(first, count, data) in entries {
