@@ -79,7 +79,7 @@ def test_wanted_checkpoint_is_committed(world: World) -> None:
         [volume] = pool.open_volumes()
         world.engine.volumes[volume.uuid].write(9)
         world.engine.tell(kind="checkpoint-wanted", volume=volume.uuid.bytes)
-        await until(lambda: pool.catalog.checkpoint(volume.uuid).state["sequence"] == 9)
+        await until(lambda: pool.catalog.checkpoint(volume.uuid).mapped_blocks == 9)
 
     world.run(body)
 
@@ -303,7 +303,7 @@ def test_closed_volume_is_committed_at_the_stop(world: World) -> None:
 
     async def second(daemon: Daemon) -> None:
         [volume] = daemon.pool("fast").open_volumes()
-        assert world.engine.volumes[volume.uuid].opened["checkpoint"]["sequence"] == 4
+        assert world.engine.volumes[volume.uuid].opened["mapped_blocks"] == 4
 
     world.run(first)
     world.run(second)

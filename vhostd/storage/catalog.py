@@ -180,6 +180,19 @@ class Catalog:
             )
         return _volume(row)
 
+    def volume_by_uuid(self, uuid: UUID) -> VolumeRow:
+        """The volume of that UUID, in any state.
+
+        Raises:
+            NotFoundError: there is none.
+        """
+        row = self._db.one(f"{_SELECT_VOLUME} WHERE v.uuid = ?", (uuid.bytes,))
+        if row is None:
+            raise NotFoundError(
+                f"volume {uuid} is gone; `vhostctl volume list` shows those that exist"
+            )
+        return _volume(row)
+
     def add_volume(
         self, *, name: str, size_bytes: int, logical_block_bytes: int, serial: str | None = None
     ) -> VolumeRow:

@@ -11,7 +11,15 @@ from dataclasses import dataclass
 
 from vhostd.errors import UsageError
 
-__all__ = ["NAME_MAX_CHARS", "VolumeName", "check_name", "parse_volume"]
+__all__ = [
+    "NAME_MAX_CHARS",
+    "SnapshotName",
+    "VolumeName",
+    "check_name",
+    "parse_snapshot",
+    "parse_volume",
+    "parse_volume_or_snapshot",
+]
 
 NAME_MAX_CHARS = 128
 
@@ -29,8 +37,25 @@ class VolumeName:
         return f"{self.pool}/{self.volume}"
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotName:
+    """`pool/volume@snapshot`."""
+
+    pool: str
+    volume: str
+    snapshot: str
+
+    def __str__(self) -> str:
+        return f"{self.pool}/{self.volume}@{self.snapshot}"
+
+    @property
+    def of(self) -> VolumeName:
+        """The volume it is of."""
+        return VolumeName(self.pool, self.volume)
+
+
 def check_name(name: str, what: str) -> str:
-    """Returns `name` if it can name a `what` ("pool", "volume").
+    """Returns `name` if it can name a `what` ("pool", "volume", "snapshot").
 
     Raises:
         UsageError: it cannot, and why.
@@ -71,3 +96,28 @@ def parse_volume(text: str) -> VolumeName:
             f"{text!r} has more than one slash: write it as POOL/VOLUME; a name has no slash"
         )
     return VolumeName(check_name(pool, "pool"), check_name(volume, "volume"))
+
+
+def parse_snapshot(text: str) -> SnapshotName:
+    """Takes `pool/volume@snapshot` apart.
+
+    Raises:
+        UsageError: that is not what it is.
+    """
+    volume, at, snapshot = text.partition("@")
+    if not at:
+        raise UsageError(
+            f"{text!r} does not name a snapshot: write it as POOL/VOLUME@SNAPSHOT, as in "
+            f"{volume or 'fast/web1'}@before-upgrade"
+        )
+    name = parse_volume(volume)
+    return SnapshotName(name.pool, name.volume, check_name(snapshot, "snapshot"))
+
+
+def parse_volume_or_snapshot(text: str) -> VolumeName | SnapshotName:
+    """Takes `pool/volume` or `pool/volume@snapshot` apart.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    return parse_snapshot(text) if "@" in text else parse_volume(text)

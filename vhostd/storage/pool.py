@@ -13,10 +13,12 @@ Any thread may call; calls block, and those that change which volumes are open w
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import threading
-import uuid as uuid_module
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,138 +30,33 @@ from vhostd.errors import (
     BusyError,
     DamagedError,
     DeviceError,
-    ExistsError,
     NotFoundError,
     UsageError,
     VhostdError,
 )
-from vhostd.storage import catalog as catalog_module
-from vhostd.storage.catalog import Catalog, PoolRow, VolumeRow
-from vhostd.storage.engine import Engine, EngineDevice, FormatDevice
+from vhostd.storage.catalog import Catalog
+from vhostd.storage.create import DEFAULT_SEGMENT_BYTES, create_pool, is_pool, remove_ours
+from vhostd.storage.engine import Engine, EngineDevice
 from vhostd.storage.names import check_name
+from vhostd.storage.rows import PoolRow, SnapshotRow, VolumeRow, no_checkpoint
 from vhostd.storage.sizes import format_size
-from vhostd.storage.volume import SERIAL_MAX_BYTES, OpenVolume, check_size
+from vhostd.storage.snapshots import Snapshots
+from vhostd.storage.statenote import state_note
+from vhostd.storage.volume import SERIAL_MAX_BYTES, OpenSnapshot, OpenVolume, check_size
 
 __all__ = ["DEFAULT_SEGMENT_BYTES", "GRANT_SEGMENTS", "Pool", "create_pool", "is_pool"]
 
-DEFAULT_SEGMENT_BYTES = 32 << 20
-MIN_SEGMENT_BYTES = 1 << 20
 GRANT_SEGMENTS = 65536
 DEFAULT_CHECKPOINT_LOG_BYTES = 256 << 20
 BLOCK_BYTES = 4096
-
-SUPERBLOCK = "superblock"
-_OURS = (
-    SUPERBLOCK,
-    "segments",
-    "lock",
-    *(catalog_module.FILE_NAME + s for s in ("", "-wal", "-shm")),
-)
-
-
-def is_pool(directory: Path) -> bool:
-    """Whether a pool's device is (or was begun) there."""
-    return (directory / SUPERBLOCK).exists() or (directory / catalog_module.FILE_NAME).exists()
-
-
-def create_pool(
-    directory: Path,
-    name: str,
-    *,
-    format_device: FormatDevice,
-    segment_bytes: int = DEFAULT_SEGMENT_BYTES,
-) -> UUID:
-    """Makes `directory` (created if missing) the device of a new pool, and returns its UUID.
-
-    Raises:
-        UsageError: the name or the segment size is not possible.
-        ExistsError: the directory is a pool already, or is not empty.
-        NotFoundError, DeviceError, NoSpaceError: it cannot be made there; nothing is left behind.
-    """
-    check_name(name, "pool")
-    if not MIN_SEGMENT_BYTES <= segment_bytes <= DEFAULT_SEGMENT_BYTES or (
-        segment_bytes & (segment_bytes - 1)
-    ):
-        raise UsageError(
-            f"pool {name}: segments of {format_size(segment_bytes)} are not possible; choose a "
-            "power of 2 from 1M to 32M"
-        )
-    made = _make_directory(directory)
-    pool_uuid, device_uuid = uuid_module.uuid4(), uuid_module.uuid4()
-    try:
-        format_device(
-            str(directory),
-            pool_uuid=pool_uuid.bytes,
-            device_uuid=device_uuid.bytes,
-            pool_name=name,
-            segment_bytes=segment_bytes,
-        )
-        try:
-            Catalog.create(
-                directory,
-                uuid=pool_uuid,
-                name=name,
-                segment_bytes=segment_bytes,
-                device_uuid=device_uuid,
-            ).close()
-        except BaseException:
-            # The directory was empty before format_device, so all of this is ours.
-            _remove_ours(directory)
-            raise
-    except BaseException:
-        if made:
-            directory.rmdir()
-        raise
-    return pool_uuid
-
-
-def _make_directory(directory: Path) -> bool:
-    """True if it had to be made."""
-    try:
-        directory.mkdir(mode=0o700)
-    except FileExistsError:
-        pass
-    except FileNotFoundError as error:
-        raise NotFoundError(
-            f"{directory} cannot be made: {directory.parent} does not exist; make that first"
-        ) from error
-    except OSError as error:
-        raise DeviceError(
-            f"{directory} cannot be made: {error.strerror}; choose another place or change its "
-            "permissions"
-        ) from error
-    else:
-        return True
-    if not directory.is_dir():
-        raise UsageError(f"{directory} is not a directory; a pool's device is a directory")
-    if is_pool(directory):
-        raise ExistsError(f"{directory} holds a pool already; open that one, or destroy it first")
-    try:
-        found = next((p.name for p in directory.iterdir() if p.name != "lost+found"), None)
-    except OSError as error:
-        raise DeviceError(f"{directory} cannot be listed: {error.strerror}") from error
-    if found is not None:
-        raise ExistsError(
-            f"{directory} is not empty (it holds {found!r}); a pool is made only in an empty "
-            "directory, choose another one"
-        )
-    return False
-
-
-def _remove_ours(directory: Path) -> None:
-    # The superblock first: without it the rest is not taken for a pool after a crash.
-    for name in _OURS:
-        path = directory / name
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
 
 
 @dataclass(slots=True)
 class _Opened:
     volume: OpenVolume
     users: int = 0
+    background: int = 0
+    """Of the users, those that free space or copy: nobody has it attached for them."""
 
 
 @dataclass(slots=True)
@@ -189,12 +86,15 @@ class Pool:
         row = catalog.pool()
         self.uuid, self.name = row.uuid, row.name
         self.findings = Findings()
-        self._engine = engine
+        self.engine = engine
         self._staging_dir = staging_dir / str(row.uuid)
         self._checkpoint_log_bytes = checkpoint_log_bytes
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._opened: dict[UUID, _Opened] = {}
+        self._open_snapshots: dict[UUID, tuple[OpenSnapshot, int]] = {}
+        self._pins: Counter[UUID] = Counter()
         self._log = structlog.get_logger().bind(pool=row.name)
+        self.snapshots = Snapshots(self)
 
     @classmethod
     def open(
@@ -244,7 +144,10 @@ class Pool:
     def close(self) -> list[VhostdError]:
         """Closes all volumes and the device, whatever happens; returns what went wrong."""
         errors = []
-        with self._lock:
+        with self.lock:
+            for snapshot, _ in self._open_snapshots.values():
+                snapshot.close()
+            self._open_snapshots.clear()
             for opened in list(self._opened.values()):
                 try:
                     opened.volume.close()
@@ -304,14 +207,116 @@ class Pool:
             DamagedError: segments are missing, or recovery found damage.
             NoSpaceError, DeviceError: it could not be opened; nothing is lost, try again.
         """
-        with self._lock:
-            row = self.catalog.volume(name)
-            opened = self._opened.get(row.uuid)
-            if opened is None:
-                opened = _Opened(self._open_volume(row))
-                self._opened[row.uuid] = opened
-            opened.users += 1
-            return opened.volume
+        with self.lock:
+            return self._use(self.catalog.volume(name), background=False)
+
+    def _use(self, row: VolumeRow, *, background: bool) -> OpenVolume:
+        opened = self._opened.get(row.uuid)
+        if opened is None:
+            volume = self._open_volume(row)
+            opened = self._opened[row.uuid] = _Opened(volume)
+            try:
+                volume.take_over_found()
+            except BaseException:
+                del self._opened[row.uuid]
+                volume.close()
+                raise
+        opened.users += 1
+        opened.background += background
+        return opened.volume
+
+    @contextmanager
+    def using(self, name: str) -> Iterator[OpenVolume]:
+        """A volume that is open for as long; opened and closed if nobody else has it."""
+        volume = self.open_volume(name)
+        try:
+            yield volume
+        finally:
+            self.release_volume(volume)
+
+    @contextmanager
+    def using_uuid(self, uuid: UUID, *, background: bool) -> Iterator[OpenVolume]:
+        """As `using`; background: for work that nobody waits for."""
+        with self.lock:
+            row = self.catalog.volume_by_uuid(uuid)
+            if row.state != "present":
+                raise NotFoundError(f"volume {self.name}/{row.name} is being removed")
+            volume = self._use(row, background=background)
+        try:
+            yield volume
+        finally:
+            self.release_volume(volume, background=background)
+
+    # Snapshots that are open, or must not go
+
+    def open_snapshot(self, volume: str, name: str) -> OpenSnapshot:
+        """Opens a snapshot for reading; end with `release_volume`.
+
+        Raises:
+            NotFoundError: there is no such snapshot.
+        """
+        while True:
+            row, root = self.snapshots.with_root(volume, name)
+            with self.lock:
+                # It may have gone, or have another name, since its root was asked for.
+                if self.snapshots.find(volume, name).uuid != row.uuid:
+                    continue
+                snapshot, users = self._open_snapshots.get(row.uuid, (None, 0))
+                if snapshot is None:
+                    of = self.catalog.volume(volume)
+                    snapshot = self._open_snapshot(of, row, root)
+                self._open_snapshots[row.uuid] = (snapshot, users + 1)
+                return snapshot
+
+    def _open_snapshot(self, of: VolumeRow, row: SnapshotRow, root: bytes) -> OpenSnapshot:
+        name = f"{of.name}@{row.name}"
+        engine = self.engine.open_volume(
+            self.device,
+            volume_uuid=row.uuid.bytes,
+            name=name,
+            size_bytes=row.size_bytes,
+            logical_block_bytes=of.logical_block_bytes,
+            # A guest tells disks apart by it, and may have the volume and its snapshot at once.
+            serial=row.uuid.hex[:SERIAL_MAX_BYTES],
+            previous_epoch=0,
+            epoch=1,
+            read_only=True,
+            checkpoint={**no_checkpoint().state, "root": root},
+            mapped_blocks=row.mapped_blocks,
+            segments=[],
+            uncatalogued=[],
+        )
+        return OpenSnapshot(name=f"{self.name}/{name}", row=row, engine=engine)
+
+    def open_snapshots(self) -> list[OpenSnapshot]:
+        """The snapshots that are open now."""
+        return [snapshot for snapshot, _ in list(self._open_snapshots.values())]
+
+    def snapshot_in_use(self, uuid: UUID) -> bool:
+        """Whether a snapshot is open, or something walks it."""
+        return uuid in self._open_snapshots or self._pins[uuid] > 0
+
+    @contextmanager
+    def pinned(self, uuid: UUID) -> Iterator[None]:
+        """A snapshot that cannot be removed for as long.
+
+        Raises:
+            NotFoundError: it is being removed already.
+        """
+        with self.lock:
+            row = self.catalog.snapshots.get(uuid)
+            if row is None or row.state == "removing":
+                raise NotFoundError(
+                    f"snapshot {self.catalog.snapshots.full_name(uuid)} is being removed; "
+                    "`vhostctl snapshot list` shows those that exist"
+                )
+            self._pins[uuid] += 1
+        try:
+            yield
+        finally:
+            with self.lock:
+                self._pins[uuid] -= 1
+                self._pins += Counter()
 
     def _open_volume(self, row: VolumeRow) -> OpenVolume:
         on_device = set(self.device.list_segments())
@@ -330,7 +335,7 @@ class Pool:
         ]
         checkpoint = self.catalog.checkpoint(row.uuid)
         epoch = self.catalog.next_epoch(row.uuid)
-        volume = self._engine.open_volume(
+        volume = self.engine.open_volume(
             self.device,
             volume_uuid=row.uuid.bytes,
             name=row.name,
@@ -347,14 +352,30 @@ class Pool:
             segments=segments,
             uncatalogued=uncatalogued,
             checkpoint_log_bytes=self._checkpoint_log_bytes,
+            **self._snapshot_arguments(row),
         )
         self._report_recovery(row, epoch, volume.recovered)
         return OpenVolume(
             pool_name=self.name, row=row, epoch=epoch, catalog=self.catalog, engine=volume
         )
 
+    def _snapshot_arguments(self, row: VolumeRow) -> dict[str, Any]:
+        if not _knows_snapshots(self.engine):
+            return {}
+        rooted = [s.position for s in self.catalog.snapshots.of(row.uuid) if s.root is not None]
+        return {
+            "parent": self.catalog.snapshots.head_parent(row.uuid),
+            "newest_snapshot": max(rooted, default=0),
+            "state_note": state_note(self.catalog, row.uuid),
+            "clone": row.origin is not None,
+            "limit_bytes": row.quota_bytes,
+            "pause_when_full": row.on_full == "pause",
+        }
+
     def _report_recovery(self, row: VolumeRow, epoch: int, recovered: dict[str, Any]) -> None:
-        counts = {key: value for key, value in recovered.items() if key != "warnings"}
+        counts = {
+            key: value for key, value in recovered.items() if key not in ("warnings", "snapshots")
+        }
         self._log.info("volume opened", volume=row.name, epoch=epoch, **counts)
         for warning in recovered.get("warnings", ()):
             self._log.warning("recovery found something", volume=row.name, reason=warning)
@@ -366,17 +387,30 @@ class Pool:
             # One that another volume is making or removing at this moment.
             return False
 
-    def release_volume(self, volume: OpenVolume) -> None:
-        """Ends one use; the last one closes the volume.
+    def release_volume(
+        self, volume: OpenVolume | OpenSnapshot, *, background: bool = False
+    ) -> None:
+        """Ends one use; the last one closes the volume or snapshot.
 
         Raises:
             VhostdError: it is closed, as after a crash; the next opening recovers it.
         """
-        with self._lock:
+        with self.lock:
+            if isinstance(volume, OpenSnapshot):
+                snapshot, users = self._open_snapshots.get(volume.uuid, (None, 0))
+                if snapshot is not volume:
+                    return
+                if users > 1:
+                    self._open_snapshots[volume.uuid] = (snapshot, users - 1)
+                    return
+                del self._open_snapshots[volume.uuid]
+                volume.close()
+                return
             opened = self._opened.get(volume.uuid)
             if opened is None or opened.volume is not volume:
                 return
             opened.users -= 1
+            opened.background -= background
             if opened.users == 0:
                 del self._opened[volume.uuid]
                 volume.close()
@@ -398,7 +432,7 @@ class Pool:
             UsageError: the size is not possible, or shrinking was not allowed.
             BusyError: shrinking is wanted, and the volume is attached.
         """
-        with self._lock:
+        with self.lock:
             row = self.catalog.volume(name)
             full_name = f"{self.name}/{name}"
             check_size(full_name, size_bytes, row.logical_block_bytes)
@@ -434,7 +468,7 @@ class Pool:
         Raises:
             NotFoundError, ExistsError, UsageError.
         """
-        with self._lock:
+        with self.lock:
             row = self.catalog.volume(name)
             check_name(new_name, "volume")
             self.catalog.rename_volume(row.uuid, new_name)
@@ -444,20 +478,27 @@ class Pool:
                 opened.volume.renamed(renamed)
             return renamed
 
-    def remove_volume(self, name: str) -> None:
+    def remove_volume(self, name: str, *, with_snapshots: bool = False) -> None:
         """Removes a volume and its data for good.
 
         Raises:
             NotFoundError: there is no such volume.
-            BusyError: it is attached.
+            BusyError: it is attached, or one of its snapshots; clones need these; or it has some,
+                and `with_snapshots` is not given.
         """
-        with self._lock:
+        with self.lock:
             row = self.catalog.volume(name)
             if row.uuid in self._opened:
                 raise BusyError(
                     f"volume {self.name}/{name} is attached; detach it first, then remove it"
                 )
-            self.catalog.begin_removal(row.uuid)
+            for snapshot in self.catalog.snapshots.of(row.uuid):
+                if self.snapshot_in_use(snapshot.uuid):
+                    raise BusyError(
+                        f"snapshot {self.name}/{name}@{snapshot.name} is in use; detach it first, "
+                        "then remove the volume"
+                    )
+            self.catalog.begin_removal(row.uuid, with_snapshots=with_snapshots)
             self._finish_removal(row)
 
     def info(self) -> dict[str, Any]:
@@ -577,9 +618,14 @@ class Pool:
         Raises:
             BusyError: volumes are attached; or there are volumes and `force` is not given.
         """
-        with self._lock:
-            if self._opened:
-                names = ", ".join(sorted(v.name for v in self.open_volumes())[:4])
+        with self.lock:
+            if self._opened or self._open_snapshots:
+                names = ", ".join(
+                    sorted(
+                        [v.name for v in self.open_volumes()]
+                        + [s.name for s in self.open_snapshots()]
+                    )[:4]
+                )
                 raise BusyError(f"pool {self.name} has attached volumes ({names}); detach them")
             volumes = self.catalog.volumes()
             if volumes and not force:
@@ -592,7 +638,7 @@ class Pool:
             self.catalog.close()
             try:
                 shutil.rmtree(self._staging_dir, ignore_errors=True)
-                _remove_ours(self.path)
+                remove_ours(self.path)
             except OSError as error:
                 raise DeviceError(
                     f"pool {self.name} could not be removed wholly from {self.path}: "
@@ -600,3 +646,8 @@ class Pool:
                 ) from error
             finally:
                 self.device.close()
+
+
+def _knows_snapshots(engine: Engine) -> bool:
+    parameters = inspect.signature(engine.open_volume).parameters
+    return "newest_snapshot" in parameters or "arguments" in parameters
