@@ -21,6 +21,7 @@ from __future__ import annotations
 import time
 import uuid as uuid_module
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
@@ -133,8 +134,12 @@ class Snapshots:
 
     # Taking
 
-    def create(self, volume: str, name: str, *, quiesced: bool = False) -> SnapshotRow:
+    def create(
+        self, volume: str, name: str, *, quiesced: bool = False, guid: UUID | None = None
+    ) -> SnapshotRow:
         """Takes a snapshot, of an open volume without a pause of more than a request.
+
+        guid: of the snapshot elsewhere that has the same content; None: its own.
 
         Raises:
             UsageError: that is no name for it.
@@ -155,7 +160,11 @@ class Snapshots:
             for _ in range(PENDING_RETRIES):
                 try:
                     return opened.snapshot(
-                        uuid=uuid, name=name, created_ns=created_ns, quiesced=quiesced
+                        uuid=uuid,
+                        name=name,
+                        created_ns=created_ns,
+                        quiesced=quiesced,
+                        guid=guid,
                     )
                 except BusyError:
                     opened.checkpoint()
@@ -387,29 +396,35 @@ class Snapshots:
     def difference(
         self,
         volume: str,
-        old: str,
+        old: str | None,
         new: str | None,
         *,
         start: int = 0,
         limit: int = DIFFERENCE_RANGES,
     ) -> Difference:
-        """A page of what changed from snapshot `old` to snapshot `new` (None: the head).
+        """A page of what changed from snapshot `old` (None: from a volume of zeroes, so all that is
+        mapped) to snapshot `new` (None: the head).
 
         For the head of a volume in use each page is of another moment.
         """
         pool = self._pool
-        old_row, old_root = self.with_root(volume, old)
-        if new is not None:
-            new_row, new_root = self.with_root(volume, new)
-            with pool.pinned(old_row.uuid), pool.pinned(new_row.uuid):
-                ranges, following = pool.engine.difference(
-                    pool.device, old=old_root, new=new_root, start=start, limit=limit
-                )
-            return Difference(ranges, following, old_row.size_bytes, new_row.size_bytes)
-        with pool.pinned(old_row.uuid), pool.using(volume) as opened, opened.nodes_held():
-            opened.checkpoint(if_needed=True)
-            new_root = pool.catalog.checkpoint(opened.uuid).state["root"]
+        with ExitStack() as stack:
+            old_root, old_size_bytes = b"", 0
+            if old is not None:
+                old_row, old_root = self.with_root(volume, old)
+                old_size_bytes = old_row.size_bytes
+                stack.enter_context(pool.pinned(old_row.uuid))
+            if new is not None:
+                new_row, new_root = self.with_root(volume, new)
+                new_size_bytes = new_row.size_bytes
+                stack.enter_context(pool.pinned(new_row.uuid))
+            else:
+                opened = stack.enter_context(pool.using(volume))
+                stack.enter_context(opened.nodes_held())
+                opened.checkpoint(if_needed=True)
+                new_root = pool.catalog.checkpoint(opened.uuid).state["root"]
+                new_size_bytes = opened.row.size_bytes
             ranges, following = pool.engine.difference(
                 pool.device, old=old_root, new=new_root, start=start, limit=limit
             )
-            return Difference(ranges, following, old_row.size_bytes, opened.row.size_bytes)
+            return Difference(ranges, following, old_size_bytes, new_size_bytes)

@@ -173,7 +173,13 @@ class OpenVolume:
     # Snapshots
 
     def snapshot(
-        self, *, uuid: UUID, name: str, created_ns: int, quiesced: bool = False
+        self,
+        *,
+        uuid: UUID,
+        name: str,
+        created_ns: int,
+        quiesced: bool = False,
+        guid: UUID | None = None,
     ) -> SnapshotRow:
         """Takes a snapshot; requests that have completed are in it. It is pending until the next
         checkpoint.
@@ -193,6 +199,7 @@ class OpenVolume:
                 size_bytes=self.row.size_bytes,
                 created_ns=created_ns,
                 quiesced=quiesced,
+                guid=guid,
             )
             # Its own note is in the log; this is for when the engine has to repeat the state.
             self._note(write=False)
