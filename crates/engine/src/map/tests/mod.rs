@@ -4,6 +4,7 @@ mod leaf;
 mod memory;
 mod model;
 mod node;
+mod walks;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -11,6 +12,9 @@ use super::slab::Body;
 use super::{CheckpointProgress, Map, NeedNode, NodeLocation, ROOT_LEVEL, node as nodes};
 use super::{child_of, span_blocks};
 use crate::types::SegmentNumber;
+
+/// What is mapped: address and checksum by block.
+type Blocks = BTreeMap<u64, (u64, u32)>;
 
 /// A disk of map segments: nodes by where they were written.
 #[derive(Clone, Debug, Default)]
@@ -63,10 +67,7 @@ impl Store {
     }
 
     /// Reads a whole tree: its mappings and the places of its nodes.
-    fn read_tree(
-        &self,
-        root: Option<NodeLocation>,
-    ) -> (BTreeMap<u64, (u64, u32)>, HashSet<NodeLocation>) {
+    fn read_tree(&self, root: Option<NodeLocation>) -> (Blocks, HashSet<NodeLocation>) {
         let (mut blocks, mut places) = (BTreeMap::new(), HashSet::new());
         if let Some(root) = root {
             self.read_node(root, ROOT_LEVEL, 0, &mut blocks, &mut places);
@@ -79,7 +80,7 @@ impl Store {
         location: NodeLocation,
         level: u8,
         first: u64,
-        blocks: &mut BTreeMap<u64, (u64, u32)>,
+        blocks: &mut Blocks,
         places: &mut HashSet<NodeLocation>,
     ) {
         assert!(places.insert(location), "a node is in the tree twice");
