@@ -34,6 +34,7 @@ from vhostd.errors import (
 )
 from vhostd.lockfile import LockFile
 from vhostd.protocol.session import EndKind
+from vhostd.receives import Receives
 from vhostd.registry import PoolRecord, Registry
 from vhostd.storage.engine import Engine, FormatDevice
 from vhostd.storage.names import VolumeName
@@ -63,7 +64,6 @@ class Daemon:
         self._engine = engine
         self._format_device = format_device
         self._state_dir = Path(config.state_dir) if keep else None
-        self._registry = Registry(None)
         self._lock_file: LockFile | None = None
         self._pools: dict[str, Pool] = {}
         self._failed_pools: dict[str, str] = {}
@@ -71,13 +71,21 @@ class Daemon:
         self._tasks: set[asyncio.Task[Any]] = set()
         self._checkpointing: dict[UUID, bool] = {}
         self._log = structlog.get_logger()
-        self.attachments = self._make_attachments()
+        self._use_registry(Registry(None))
 
-    def _make_attachments(self) -> Attachments:
-        return Attachments(
-            registry=self._registry,
+    def _use_registry(self, registry: Registry) -> None:
+        """Everything that remembers something does so there."""
+        self._registry = registry
+        self.attachments = Attachments(
+            registry=registry,
             runtime_dir=Path(self.config.runtime_dir),
             config=self.config.exports,
+            find_pool=self.pool,
+        )
+        self.receives = Receives(
+            registry=registry,
+            attachments=self.attachments,
+            change=self._change,
             find_pool=self.pool,
         )
 
@@ -91,8 +99,7 @@ class Daemon:
             DamagedError, DeviceError, UnsupportedError: the registry cannot be read.
         """
         if self._state_dir is not None:
-            await asyncio.to_thread(self._open_state, self._state_dir)
-            self.attachments = self._make_attachments()
+            self._use_registry(await asyncio.to_thread(self._open_state, self._state_dir))
         asyncio.get_running_loop().add_reader(self._engine.event_fd(), self._engine_events)
         for record in list(self._registry.pools.values()):
             try:
@@ -100,10 +107,11 @@ class Daemon:
             except VhostdError as error:
                 self._failed_pools[record.name] = str(error)
                 self._log.error("pool could not be opened", pool=record.name, error=str(error))
+        await self.receives.settle(self._pools)
         await self.attachments.restore()
         self._spawn(self._checkpoint_forever())
 
-    def _open_state(self, state_dir: Path) -> None:
+    def _open_state(self, state_dir: Path) -> Registry:
         try:
             state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -112,7 +120,7 @@ class Daemon:
                 "state_dir in the configuration"
             ) from error
         self._lock_file = LockFile(state_dir / "lock", f"state directory {state_dir}")
-        self._registry = Registry.load(state_dir)
+        return Registry.load(state_dir)
 
     async def stop(self) -> bool:
         """Ends everything in order; False if a volume could not be closed cleanly."""
@@ -280,6 +288,7 @@ class Daemon:
         for row in rows:
             attached = self.attachments.of(row["pool"], row["volume"])
             row["attachments"] = [attachment.describe() for attachment in attached]
+            row["receiving"] = self.receives.describe(VolumeName(row["pool"], row["volume"]))
         return sorted(rows, key=lambda row: str(row["name"]))
 
     async def resize_volume(
@@ -288,6 +297,7 @@ class Daemon:
         """See `Pool.resize_volume`."""
         async with self._change:
             pool = self.pool(name.pool)
+            self.receives.refuse(name)
             await asyncio.to_thread(
                 pool.resize_volume, name.volume, size_bytes, allow_shrink=allow_shrink
             )
@@ -298,6 +308,7 @@ class Daemon:
         """See `Pool.rename_volume`."""
         async with self._change:
             pool = self.pool(name.pool)
+            self.receives.refuse(name)
             await asyncio.to_thread(pool.rename_volume, name.volume, new_name)
             await self.attachments.renamed(name.pool, name.volume, new_name)
             return await self.volume_info(VolumeName(name.pool, new_name))
@@ -313,11 +324,13 @@ class Daemon:
                     f"volume {name} is attached on {attached[0].record.socket}; detach it first"
                 )
             await asyncio.to_thread(pool.remove_volume, name.volume)
+            await self.receives.removed(name)
             self._log.info("volume removed", volume=str(name))
 
     async def attach(self, name: VolumeName, **arguments: Any) -> dict[str, Any]:
         """See `Attachments.attach`."""
         async with self._change:
+            self.receives.refuse(name)
             attachment = await self.attachments.attach(name.pool, name.volume, **arguments)
             return attachment.describe()
 

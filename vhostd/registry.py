@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from vhostd.errors import DamagedError, DeviceError, NoSpaceError, UnsupportedError
 
-__all__ = ["AttachmentRecord", "PoolRecord", "Registry"]
+__all__ = ["AttachmentRecord", "PoolRecord", "ReceiveRecord", "Registry"]
 
 VERSION = 1
 FILE_NAME = "registry.json"
@@ -43,10 +43,28 @@ class AttachmentRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     write_cache: bool | None = None
 
 
+class ReceiveRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A volume that a stream is being received into (`vhostd.receives`).
+
+    volume: `pool/volume`. snapshot, guid, quiesced: what it makes. from_guid: the snapshot that it
+    begins with; None: the volume is new. applied_bytes: everything before this byte is durable.
+    """
+
+    volume: str
+    snapshot: str
+    guid: str
+    from_guid: str | None
+    size_bytes: int
+    logical_block_bytes: int
+    quiesced: bool
+    applied_bytes: int = 0
+
+
 class _Content(Struct, forbid_unknown_fields=True):
     version: int = VERSION
     pools: list[PoolRecord] = []
     attachments: list[AttachmentRecord] = []
+    receives: list[ReceiveRecord] = []
 
 
 class Registry:
@@ -56,6 +74,7 @@ class Registry:
         self._path = None if directory is None else directory / FILE_NAME
         self.pools: dict[str, PoolRecord] = {}
         self.attachments: dict[str, AttachmentRecord] = {}
+        self.receives: dict[str, ReceiveRecord] = {}
 
     @classmethod
     def load(cls, directory: Path) -> Registry:
@@ -91,6 +110,7 @@ class Registry:
             ) from error
         registry.pools = {record.name: record for record in content.pools}
         registry.attachments = {record.socket: record for record in content.attachments}
+        registry.receives = {record.volume: record for record in content.receives}
         return registry
 
     def save(self) -> None:
@@ -101,7 +121,12 @@ class Registry:
         """
         if self._path is None:
             return
-        content = _Content(VERSION, list(self.pools.values()), list(self.attachments.values()))
+        content = _Content(
+            VERSION,
+            list(self.pools.values()),
+            list(self.attachments.values()),
+            list(self.receives.values()),
+        )
         text = msgspec.json.format(msgspec.json.encode(content), indent=2)
         try:
             _replace(self._path, text + b"\n")

@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Meta, Struct
 
 import vhostd
+from vhostd.api import transfers
 from vhostd.api.server import MethodNotFoundError
 from vhostd.attachments import Attachment
 from vhostd.config import DEFAULT_QUEUES, MAX_QUEUES
@@ -109,7 +110,7 @@ class Methods:
 
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
-        self._table: dict[str, tuple[type[_Params], _Handler]] = {}
+        self._table: dict[str, tuple[type[Struct], _Handler]] = {}
         add = self._add
         add("version", NoParams, self._version)
         add("shutdown", NoParams, self._shutdown)
@@ -131,6 +132,7 @@ class Methods:
         add("detach", Detach, lambda p: daemon.detach(parse_volume(p.volume), p.socket))
         add("attachments", NoParams, self._attachments)
         add("sessions", NoParams, self._sessions)
+        self._table.update(transfers.methods(daemon))
 
     def _add(self, name: str, params: type[P], handler: Callable[[P], Awaitable[Any]]) -> None:
         self._table[name] = (params, cast(_Handler, handler))

@@ -24,5 +24,5 @@ def test_documentation_lists_all_methods_and_their_parameters() -> None:
             return None
 
     methods = Methods(cast(Daemon, NoDaemon()))
-    real = {name: set(methods._table[name][0].__struct_fields__) for name in methods.names()}
+    real = {name: set(methods._table[name][0].__struct_encode_fields__) for name in methods.names()}
     assert documented() == real
