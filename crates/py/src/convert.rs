@@ -5,8 +5,10 @@ use pyo3::types::{PyBytes, PyDict};
 use vhostd_engine::log::LogPosition;
 use vhostd_engine::map::NodeLocation;
 use vhostd_engine::segment::SegmentKind;
-use vhostd_engine::types::{SegmentNumber, Sequence, Uuid};
-use vhostd_engine::volume::{CheckpointResult, CheckpointState, DeadSet, SegmentRow};
+use vhostd_engine::types::{Address, SegmentNumber, Sequence, Uuid};
+use vhostd_engine::volume::{
+    CheckpointResult, CheckpointState, DeadSet, FoundSnapshot, Parent, SegmentRow, SnapshotRoot,
+};
 
 use crate::errors::Failure;
 
@@ -45,7 +47,53 @@ impl State {
     }
 }
 
-fn parse_root(bytes: &[u8]) -> Result<Option<NodeLocation>, Failure> {
+/// `ParentSnapshot` of the contract.
+#[derive(FromPyObject)]
+#[pyo3(from_item_all)]
+pub struct ParentSnapshot {
+    position: u64,
+    root: Vec<u8>,
+}
+
+impl ParentSnapshot {
+    pub fn parse(self) -> Result<Parent, Failure> {
+        Ok(Parent {
+            position: Address::from_bits(self.position),
+            root: parse_root(&self.root)?,
+        })
+    }
+}
+
+fn snapshot_dict<'py>(py: Python<'py>, root: &SnapshotRoot) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("uuid", PyBytes::new(py, &root.uuid.0))?;
+    dict.set_item("position", root.position.bits())?;
+    dict.set_item("root", PyBytes::new(py, &root_bytes(root.root)))?;
+    dict.set_item("mapped_blocks", root.mapped_blocks)?;
+    Ok(dict)
+}
+
+pub fn snapshots_list<'py>(
+    py: Python<'py>,
+    snapshots: &[SnapshotRoot],
+) -> PyResult<Vec<Bound<'py, PyDict>>> {
+    snapshots
+        .iter()
+        .map(|root| snapshot_dict(py, root))
+        .collect()
+}
+
+pub fn found_dict<'py>(py: Python<'py>, found: &FoundSnapshot) -> PyResult<Bound<'py, PyDict>> {
+    let dict = PyDict::new(py);
+    dict.set_item("uuid", PyBytes::new(py, &found.snapshot.uuid.0))?;
+    dict.set_item("name", &found.snapshot.name)?;
+    dict.set_item("created_ns", found.snapshot.created_ns)?;
+    dict.set_item("size_bytes", found.size_bytes)?;
+    dict.set_item("position", found.position.bits())?;
+    Ok(dict)
+}
+
+pub fn parse_root(bytes: &[u8]) -> Result<Option<NodeLocation>, Failure> {
     if bytes.is_empty() {
         return Ok(None);
     }
@@ -65,7 +113,7 @@ fn parse_root(bytes: &[u8]) -> Result<Option<NodeLocation>, Failure> {
     }))
 }
 
-fn root_bytes(root: Option<NodeLocation>) -> Vec<u8> {
+pub fn root_bytes(root: Option<NodeLocation>) -> Vec<u8> {
     let Some(node) = root else { return Vec::new() };
     let mut bytes = Vec::with_capacity(ROOT_BYTES);
     bytes.extend(node.segment.0.to_le_bytes());
@@ -118,7 +166,7 @@ impl Row {
     }
 }
 
-fn row_dict<'py>(py: Python<'py>, row: &SegmentRow) -> PyResult<Bound<'py, PyDict>> {
+pub fn row_dict<'py>(py: Python<'py>, row: &SegmentRow) -> PyResult<Bound<'py, PyDict>> {
     let dict = PyDict::new(py);
     dict.set_item("number", row.number.0)?;
     dict.set_item("kind", row.kind as u8)?;
@@ -147,6 +195,7 @@ pub fn checkpoint_dict<'py>(
     dict.set_item("id", result.id)?;
     dict.set_item("state", state)?;
     dict.set_item("mapped_blocks", result.mapped_blocks)?;
+    dict.set_item("snapshots", snapshots_list(py, &result.snapshots)?)?;
     let changed = result
         .changed
         .iter()

@@ -11,13 +11,14 @@ use vhostd_engine::device::DirectoryDevice;
 use vhostd_engine::io::{DeviceId, UringIo};
 use vhostd_engine::log::Recovery;
 use vhostd_engine::request::ID_BYTES;
-use vhostd_engine::types::{Epoch, MAX_VOLUME_BYTES, SegmentNumber, Uuid};
-use vhostd_engine::volume::{self, MapBudget, VolumeEvent, VolumeSpec};
+use vhostd_engine::types::{Address, Epoch, MAX_VOLUME_BYTES, SegmentNumber, Uuid};
+use vhostd_engine::volume::{self, FoundSnapshot, MapBudget, VolumeEvent, VolumeSpec};
 use vhostd_engine::worker::{Event, Events, WorkerConfig, WorkerHandle};
 
-use crate::convert::{Row, State, uuid};
+use crate::convert::{ParentSnapshot, Row, State, found_dict, uuid};
 use crate::device::Device;
 use crate::errors::{Failure, Kind, os};
+use crate::roots::{self, OnDevice};
 use crate::volume::{Opened, Volume};
 
 pub type Worker = WorkerHandle<volume::Volume, UringIo>;
@@ -25,7 +26,7 @@ pub type Worker = WorkerHandle<volume::Volume, UringIo>;
 /// Submissions a worker's ring takes at once; more wait in a backlog.
 const RING_ENTRIES: u32 = 256;
 /// The same for recovery, which waits for each operation.
-const RECOVERY_RING_ENTRIES: u32 = 16;
+pub const RECOVERY_RING_ENTRIES: u32 = 16;
 /// Smallest staging ring: several records fit.
 const MIN_STAGING_BYTES: u64 = 8 << 20;
 /// Devices that one engine has open.
@@ -143,7 +144,7 @@ impl Shared {
         device: &Arc<DirectoryDevice>,
         spec: VolumeSpec,
         serial: [u8; ID_BYTES],
-    ) -> Result<(Opened, Recovery), Failure> {
+    ) -> Result<(Opened, Recovery, Vec<FoundSnapshot>), Failure> {
         let uuid = spec.volume;
         let worker = self.reserve(uuid, &spec.name, spec.device)?;
         let opened = self.recover(device, spec, worker, serial);
@@ -159,7 +160,7 @@ impl Shared {
         spec: VolumeSpec,
         worker: usize,
         serial: [u8; ID_BYTES],
-    ) -> Result<(Opened, Recovery), Failure> {
+    ) -> Result<(Opened, Recovery, Vec<FoundSnapshot>), Failure> {
         let name = spec.name.clone();
         let of = |failure: Failure| failure.of(&format!("volume '{name}'"));
         if let Some(directory) = spec.staging_path.parent() {
@@ -167,20 +168,27 @@ impl Shared {
         }
         let (uuid, logical_block_bytes, read_only) =
             (spec.volume, spec.logical_block_bytes, spec.read_only);
+        let device_id = spec.device;
         let mut io =
             UringIo::new(RECOVERY_RING_ENTRIES).map_err(os("make an io_uring for recovery"))?;
         io.add_device(spec.device, Arc::clone(device));
-        let (volume, recovery) = volume::open(spec, &mut io).map_err(|error| of(error.into()))?;
+        let (volume, recovery, found) =
+            volume::open(spec, &mut io).map_err(|error| of(error.into()))?;
         drop(io);
         let id = self.workers[worker]
             .add_volume(volume, uuid)
             .map_err(|error| of(error.into()))?;
         let shared = Arc::clone(self);
+        let place = OnDevice {
+            id: device_id,
+            device: Arc::clone(device),
+        };
         Ok((
             Opened::new(
                 shared,
                 worker,
                 id,
+                place,
                 uuid,
                 name,
                 logical_block_bytes,
@@ -188,6 +196,7 @@ impl Shared {
                 serial,
             ),
             recovery,
+            found,
         ))
     }
 }
@@ -308,6 +317,7 @@ impl Engine {
     #[pyo3(signature = (
         device, *, volume_uuid, name, size_bytes, logical_block_bytes, serial, previous_epoch, epoch,
         read_only, checkpoint, mapped_blocks, segments, uncatalogued, checkpoint_log_bytes = 256 << 20,
+        parent = None, newest_snapshot = 0, state_note = Vec::new(), clone = false,
     ))]
     fn open_volume(
         &self,
@@ -326,6 +336,10 @@ impl Engine {
         segments: Vec<Row>,
         uncatalogued: Vec<u64>,
         checkpoint_log_bytes: u64,
+        parent: Option<ParentSnapshot>,
+        newest_snapshot: u64,
+        state_note: Vec<u8>,
+        clone: bool,
     ) -> PyResult<Volume> {
         let volume = uuid(volume_uuid, "volume_uuid")?;
         check_shape(&name, size_bytes, logical_block_bytes)?;
@@ -368,14 +382,59 @@ impl Engine {
             staging_bytes: self.shared.staging_bytes,
             map_budget: Arc::clone(&self.shared.map_budget),
             checkpoint_log_bytes,
+            parent: parent.map(ParentSnapshot::parse).transpose()?,
+            newest_snapshot: Address::from_bits(newest_snapshot),
+            state_note,
+            clone,
         };
         let began = Instant::now();
-        let (opened, recovery) = py.detach(|| self.shared.open_volume(&open, spec, serial))?;
+        let (opened, recovery, found) =
+            py.detach(|| self.shared.open_volume(&open, spec, serial))?;
         let seconds = began.elapsed().as_secs_f64();
         Ok(Volume::new(
             opened,
-            recovery_dict(py, &recovery, seconds)?.unbind(),
+            recovery_dict(py, &recovery, &found, seconds)?.unbind(),
         ))
+    }
+
+    #[pyo3(signature = (device, *, old, new, start = 0, end = MAX_VOLUME_BYTES, limit = 65536))]
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    #[expect(clippy::unused_self, reason = "a method in Python")]
+    fn difference(
+        &self,
+        py: Python<'_>,
+        device: &Device,
+        old: &[u8],
+        new: &[u8],
+        start: u64,
+        end: u64,
+        limit: usize,
+    ) -> PyResult<roots::Ranges> {
+        roots::difference(py, device, old, new, start..end, limit)
+    }
+
+    #[pyo3(signature = (device, *, root, others))]
+    #[expect(clippy::unused_self, reason = "a method in Python")]
+    fn exclusive(
+        &self,
+        py: Python<'_>,
+        device: &Device,
+        root: &[u8],
+        others: Vec<Vec<u8>>,
+    ) -> PyResult<(u64, u64)> {
+        roots::exclusive(py, device, root, &others)
+    }
+
+    #[pyo3(signature = (volume, *, root, others))]
+    #[expect(clippy::unused_self, reason = "a method in Python")]
+    fn release_exclusive(
+        &self,
+        py: Python<'_>,
+        volume: &Volume,
+        root: &[u8],
+        others: Vec<Vec<u8>>,
+    ) -> PyResult<(u64, u64)> {
+        roots::release_exclusive(py, volume, root, &others)
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
@@ -499,6 +558,7 @@ pub fn check_shape(name: &str, size_bytes: u64, logical_block_bytes: u32) -> Res
 fn recovery_dict<'py>(
     py: Python<'py>,
     recovery: &Recovery,
+    found: &[FoundSnapshot],
     seconds: f64,
 ) -> PyResult<Bound<'py, PyDict>> {
     let clean = recovery.records == 0 && recovery.staged_bytes == 0 && recovery.warnings.is_empty();
@@ -509,5 +569,7 @@ fn recovery_dict<'py>(
     dict.set_item("segments_scanned", recovery.scanned)?;
     dict.set_item("warnings", recovery.warnings.clone())?;
     dict.set_item("seconds", seconds)?;
+    let found = found.iter().map(|found| found_dict(py, found));
+    dict.set_item("snapshots", found.collect::<PyResult<Vec<_>>>()?)?;
     Ok(dict)
 }

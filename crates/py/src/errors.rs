@@ -160,6 +160,14 @@ impl IntoFailure for RequestFailed {
                 Kind::Device,
                 "it is read-only or its log has failed; see the log, then open it again",
             ),
+            Self::SnapshotsPending => (
+                Kind::Busy,
+                "too many snapshots wait for a checkpoint; make one first",
+            ),
+            Self::NoteTooLarge => (
+                Kind::NoSpace,
+                "what is known of the volume does not fit its log any more; remove snapshots",
+            ),
             Self::NotDurable => (
                 Kind::Device,
                 "what was written may not be durable: a write or sync of the device failed; see the log",
@@ -182,6 +190,7 @@ impl From<VolumeError> for Failure {
             VolumeError::LogFailed(_) => Kind::Device,
             VolumeError::CheckpointRunning => Kind::Busy,
             VolumeError::NoNumbers => Kind::Unavailable,
+            VolumeError::NoteTooLarge { .. } => Kind::NoSpace,
         };
         Self::new(kind, error.to_string())
     }

@@ -13,6 +13,7 @@ mod engine;
 mod errors;
 mod export;
 mod fds;
+mod roots;
 mod volume;
 
 use pyo3::prelude::*;

@@ -1,19 +1,20 @@
 //! `Volume`: a volume that is open on a worker.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 use vhostd_engine::request::ID_BYTES;
 use vhostd_engine::types::Uuid;
-use vhostd_engine::volume::CheckpointResult;
+use vhostd_engine::volume::{CheckpointResult, NewSnapshot, NotedAt, RequestKind};
 use vhostd_engine::worker::{CommandError, ExportSpec, VolumeId};
 
-use crate::convert::checkpoint_dict;
+use crate::convert::{ParentSnapshot, checkpoint_dict};
 use crate::engine::{Shared, Worker, check_shape};
 use crate::errors::{Failure, Kind};
 use crate::export::Export;
+use crate::roots::OnDevice;
 
 /// Queues of one export: more than any guest has vCPUs for, and few enough to look at each turn.
 const MAX_QUEUES: u16 = 1024;
@@ -23,6 +24,7 @@ pub struct Opened {
     shared: Arc<Shared>,
     worker: usize,
     pub id: VolumeId,
+    pub device: OnDevice,
     uuid: Uuid,
     name: String,
     logical_block_bytes: u32,
@@ -43,6 +45,7 @@ impl Opened {
         shared: Arc<Shared>,
         worker: usize,
         id: VolumeId,
+        device: OnDevice,
         uuid: Uuid,
         name: String,
         logical_block_bytes: u32,
@@ -54,6 +57,7 @@ impl Opened {
             shared,
             worker,
             id,
+            device,
             uuid,
             name,
             logical_block_bytes,
@@ -80,7 +84,7 @@ impl Opened {
     }
 
     /// Runs `f` without the GIL; errors name the volume.
-    fn run<T: Send>(
+    pub fn run<T: Send>(
         &self,
         py: Python<'_>,
         f: impl FnOnce(&Worker, VolumeId) -> Result<T, CommandError> + Send,
@@ -90,7 +94,7 @@ impl Opened {
         Ok(result.map_err(|error| self.name_in(error.into()))?)
     }
 
-    fn name_in(&self, failure: Failure) -> Failure {
+    pub fn name_in(&self, failure: Failure) -> Failure {
         failure.of(&format!("volume '{}'", self.name))
     }
 
@@ -139,7 +143,7 @@ impl Drop for Opened {
 
 #[pyclass(frozen, module = "vhostd._native")]
 pub struct Volume {
-    opened: Arc<Opened>,
+    pub opened: Arc<Opened>,
     #[pyo3(get)]
     recovered: Py<PyDict>,
 }
@@ -194,6 +198,80 @@ impl Volume {
         )?;
         self.opened
             .run(py, |worker, id| worker.resize(id, size_bytes))
+    }
+
+    #[pyo3(signature = (*, uuid, name, created_ns))]
+    fn snapshot(
+        &self,
+        py: Python<'_>,
+        uuid: &[u8],
+        name: String,
+        created_ns: u64,
+    ) -> PyResult<u64> {
+        let snapshot = NewSnapshot {
+            uuid: crate::convert::uuid(uuid, "uuid")?,
+            name,
+            created_ns,
+        };
+        let at = NotedAt::default();
+        let kind = RequestKind::Snapshot {
+            snapshot,
+            at: Arc::clone(&at),
+        };
+        self.opened.run(py, |worker, id| worker.request(id, kind))?;
+        Ok(at.get().map_or(0, |position| position.bits()))
+    }
+
+    #[pyo3(signature = (payload, *, write = true))]
+    fn note_state(&self, py: Python<'_>, payload: Vec<u8>, write: bool) -> PyResult<()> {
+        if write {
+            let kind = RequestKind::StateNote {
+                payload,
+                at: NotedAt::default(),
+            };
+            return self.opened.run(py, |worker, id| worker.request(id, kind));
+        }
+        let kept = self.opened.run(py, |worker, id| {
+            worker.with_volume(id, |volume| volume.set_state_note(payload))
+        })?;
+        Ok(kept.map_err(|error| self.opened.name_in(error.into()))?)
+    }
+
+    fn set_parent(&self, py: Python<'_>, parent: Option<ParentSnapshot>) -> PyResult<()> {
+        let parent = parent.map(ParentSnapshot::parse).transpose()?;
+        self.opened.run(py, |worker, id| {
+            worker.with_volume(id, move |volume| volume.set_parent(parent))
+        })
+    }
+
+    fn hold_nodes(&self, py: Python<'_>) -> PyResult<()> {
+        self.opened.run(py, |worker, id| {
+            worker.with_volume(id, |volume| volume.hold_nodes())
+        })
+    }
+
+    fn release_nodes(&self, py: Python<'_>) -> PyResult<()> {
+        self.opened.run(py, |worker, id| {
+            worker.with_volume(id, |volume| volume.release_nodes())
+        })
+    }
+
+    fn adopt(&self, py: Python<'_>, offset: u64, length: u64) -> PyResult<u64> {
+        let copied = Arc::new(AtomicU64::new(0));
+        let kind = RequestKind::Adopt {
+            offset_bytes: offset,
+            len_bytes: length,
+            copied: Arc::clone(&copied),
+        };
+        self.opened.run(py, |worker, id| {
+            worker.check_range(id, offset, length)?;
+            worker.request(id, kind)
+        })?;
+        Ok(copied.load(Ordering::Relaxed))
+    }
+
+    fn foreign_blocks(&self, py: Python<'_>) -> PyResult<u64> {
+        crate::roots::foreign_blocks(py, self)
     }
 
     fn checkpoint<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

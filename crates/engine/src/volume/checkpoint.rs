@@ -18,6 +18,7 @@ use std::collections::BTreeSet;
 use std::io;
 
 use super::clean::Cleaner;
+use super::note::SnapshotRoot;
 use super::{BLOCK, LogPosition, Now, SegmentRow, Volume, VolumeError, VolumeEvent, VolumeOp};
 use crate::io::{AlignedBuf, Io, Op};
 use crate::map::{CheckpointProgress, NodeLocation};
@@ -43,6 +44,8 @@ pub struct CheckpointResult {
     pub id: u64,
     pub state: CheckpointState,
     pub mapped_blocks: u64,
+    /// Snapshots that were pending and have a root now, oldest first.
+    pub snapshots: Vec<SnapshotRoot>,
     /// Rows to insert or update.
     pub changed: Vec<SegmentRow>,
     /// Rows to delete; the files go after the commit.
@@ -91,6 +94,8 @@ struct Run {
     /// The log must be durable up to here.
     flush_to: u64,
     root: Option<NodeLocation>,
+    /// Pending snapshots that it covers: the oldest ones.
+    snapshots: usize,
     /// Log segments as they were at the freeze.
     changed: Vec<SegmentRow>,
     removed: Vec<SegmentNumber>,
@@ -105,6 +110,8 @@ struct Committing {
     id: u64,
     position: LogPosition,
     log_bytes: u64,
+    root: Option<NodeLocation>,
+    snapshots: usize,
     changed: Vec<SegmentRow>,
     removed: Vec<SegmentNumber>,
 }
@@ -117,6 +124,8 @@ pub(super) struct Checkpoints {
     committing: Option<Committing>,
     map_segment: Option<MapSegment>,
     next_id: u64,
+    /// Root of the last committed checkpoint.
+    pub(super) committed_root: Option<NodeLocation>,
     /// The log's end at the last committed checkpoint, and what was asked for since.
     committed: LogPosition,
     committed_log_bytes: u64,
@@ -134,9 +143,10 @@ impl Checkpoints {
         self.run.is_some() || self.cleaning.is_some()
     }
 
-    pub(super) fn new(committed: LogPosition, wanted_after_bytes: u64) -> Self {
+    pub(super) fn new(state: &CheckpointState, wanted_after_bytes: u64) -> Self {
         Self {
-            committed,
+            committed: state.position,
+            committed_root: state.root,
             wanted_after_bytes,
             ..Self::default()
         }
@@ -174,15 +184,19 @@ impl Volume {
         self.space.drop_nodes(&mut dead_nodes);
         self.note_used_blocks(position);
         self.map.begin_checkpoint();
-        let removable = self.space.removable(position.segment, None, false);
+        // The state note that counts must stay; it is durable when this checkpoint is.
+        let removable =
+            self.space
+                .removable(position.segment, self.history.state_at, self.history.clone);
         self.checkpoints.run = Some(Run {
             stage: Stage::Nodes,
             position,
             mapped_blocks: self.map.mapped_blocks(),
             flush_to,
             root: None,
+            snapshots: self.history.pending.len(),
             changed: self.space.take_changed(),
-            removed: [removable.now, removable.carry].concat(),
+            removed: removable.now,
             touched: BTreeSet::new(),
             in_flight: 0,
             failed: None,
@@ -208,12 +222,14 @@ impl Volume {
             return;
         };
         self.map.finish_checkpoint();
+        self.history.pending.drain(..done.snapshots);
         self.checkpoints.committed = done.position;
+        self.checkpoints.committed_root = done.root;
         self.checkpoints.committed_log_bytes = done.log_bytes;
         self.checkpoints.wanted = false;
-        for number in done.removed {
-            self.space.remove(number);
-            self.checkpoints.removals.push((number, self.next_read));
+        for number in &done.removed {
+            self.space.remove(*number);
+            self.checkpoints.removals.push((*number, self.next_read));
         }
     }
 
@@ -459,12 +475,11 @@ impl Volume {
     fn checkpoint_ready(&mut self, mut run: Run) {
         // Map segments' counts include this checkpoint's nodes, and nothing that died after its freeze.
         let current = self.current_map_segment();
-        run.removed.extend(
-            self.space
-                .dead_map_segments()
-                .into_iter()
-                .filter(|number| *number != current),
-        );
+        if self.history.holds == 0 {
+            let dead = self.space.dead_map_segments();
+            let others = dead.into_iter().filter(|number| *number != current);
+            run.removed.extend(others);
+        }
         for row in self.space.rows().filter(|row| row.kind == SegmentKind::Map) {
             if run.touched.contains(&row.number) {
                 run.changed.retain(|old| old.number != row.number);
@@ -476,10 +491,27 @@ impl Volume {
             mapped_blocks,
             flush_to,
             root,
+            snapshots,
             mut changed,
             removed,
             ..
         } = run;
+        let covered = self.history.pending[..snapshots].iter();
+        let roots = covered.map(|pending| {
+            let written = self
+                .map
+                .checkpoint_roots()
+                .iter()
+                .find(|tree| tree.key == Some(pending.key))
+                .expect("a checkpoint writes every tree that was pending at its freeze");
+            SnapshotRoot {
+                uuid: pending.uuid,
+                position: pending.position,
+                root: written.root,
+                mapped_blocks: written.mapped_blocks,
+            }
+        });
+        let roots = roots.collect();
         changed.retain(|row| !removed.contains(&row.number));
         self.checkpoints.next_id += 1;
         let id = self.checkpoints.next_id;
@@ -487,6 +519,8 @@ impl Volume {
             id,
             position,
             log_bytes: flush_to,
+            root,
+            snapshots,
             changed: changed.clone(),
             removed: removed.clone(),
         });
@@ -495,6 +529,7 @@ impl Volume {
             id,
             state,
             mapped_blocks,
+            snapshots: roots,
             changed,
             removed,
         };

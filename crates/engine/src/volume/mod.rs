@@ -12,21 +12,25 @@
 //! - A segment's file is removed only when a committed checkpoint that covers it has nothing live in
 //!   it, and no read of it is in flight (6).
 
+mod adopt;
 mod checkpoint;
 mod clean;
 mod dead;
 mod modify;
+mod note;
 mod open;
 mod read;
+pub mod roots;
 mod space;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 pub use checkpoint::{CheckpointResult, CheckpointState};
 pub use dead::{DeadSet, DeadSetError};
+pub use note::{FoundSnapshot, MAX_PENDING_SNAPSHOTS, NewSnapshot, NotedAt, Parent, SnapshotRoot};
 pub use open::{VolumeSpec, open};
 pub use space::{SegmentRow, SpaceTotals};
 
@@ -37,8 +41,10 @@ use crate::io::{AlignedBuf, Completion, DeviceId, Io, IoBuf, Op, Target, Token, 
 use crate::log::{Log, LogEvent};
 use crate::map::{Displaced, Extents, Map, NodeLocation};
 use crate::types::{BLOCK_BYTES, Epoch, SegmentNumber, Uuid};
+use adopt::Adopt;
 use checkpoint::Checkpoints;
 use modify::Modify;
+use note::{History, NoteWork};
 use read::{ReadOp, ReadState};
 use space::SpaceTable;
 
@@ -70,6 +76,23 @@ pub enum RequestKind {
         len_bytes: u64,
         exact: bool,
     },
+    /// Takes a snapshot. It is over when the snapshot is durable.
+    Snapshot {
+        snapshot: NewSnapshot,
+        at: NotedAt,
+    },
+    /// Puts a state note into the log, and keeps it as [`Volume::set_state_note`] does.
+    StateNote {
+        payload: Vec<u8>,
+        at: NotedAt,
+    },
+    /// Copies what the range has in other volumes' segments into this volume's log; whole blocks. The
+    /// bytes copied are added to `copied`.
+    Adopt {
+        offset_bytes: u64,
+        len_bytes: u64,
+        copied: Arc<AtomicU64>,
+    },
 }
 
 /// A request. The memory it names stays mapped until it is finished.
@@ -92,6 +115,10 @@ pub enum RequestFailed {
     NotWritable,
     /// A flush could not make everything durable.
     NotDurable,
+    /// [`MAX_PENDING_SNAPSHOTS`] wait for a checkpoint.
+    SnapshotsPending,
+    /// A note is larger than an entry of the log can be.
+    NoteTooLarge,
 }
 
 /// A request is over.
@@ -143,6 +170,8 @@ pub enum VolumeError {
     CheckpointRunning,
     #[error("there are no segment numbers left; the daemon grants them")]
     NoNumbers,
+    #[error("a note of {bytes} bytes is too large; the log takes {most}. Remove snapshots")]
+    NoteTooLarge { bytes: usize, most: usize },
 }
 
 /// Memory for maps, shared evenly by the open volumes of an engine.
@@ -216,6 +245,8 @@ type Slot = usize;
 enum Work {
     Read(ReadState),
     Modify(Modify),
+    Note(NoteWork),
+    Adopt(Adopt),
 }
 
 #[derive(Debug)]
@@ -238,6 +269,7 @@ enum VolumeOp {
         buffer: AlignedBuf,
     },
     Checkpoint(checkpoint::CheckpointOp),
+    Adopt(Box<adopt::AdoptRead>),
     Remove,
 }
 
@@ -286,6 +318,7 @@ pub struct Volume {
     finished: Vec<Finished>,
 
     checkpoints: Checkpoints,
+    history: History,
     closing: bool,
     /// There is work left that nothing in flight will announce.
     turn_soon: bool,
@@ -367,7 +400,28 @@ impl Volume {
                 self.stats.unmapped_bytes += len_bytes;
                 Work::Modify(Modify::unmap(offset_bytes, len_bytes, exact))
             }
+            RequestKind::Snapshot { snapshot, at } => {
+                let note = self.snapshot_note(snapshot);
+                let work = Work::Note(NoteWork::new([note], at));
+                return self.start(io, id, true, work, now);
+            }
+            RequestKind::StateNote { payload, at } => {
+                let (kept, notes) = (self.set_state_note(payload), self.state_notes());
+                if kept.is_err() {
+                    return self.finish(id, Err(RequestFailed::NoteTooLarge));
+                }
+                return self.start(io, id, true, Work::Note(NoteWork::new(notes, at)), now);
+            }
+            RequestKind::Adopt {
+                offset_bytes,
+                len_bytes,
+                copied,
+            } => Work::Adopt(Adopt::new(offset_bytes, len_bytes, copied)),
         };
+        self.start(io, id, write_through, work, now);
+    }
+
+    fn start(&mut self, io: &mut dyn Io, id: RequestId, write_through: bool, work: Work, now: Now) {
         let running = Running {
             id,
             write_through,
@@ -395,6 +449,8 @@ impl Volume {
         let step = match &mut running.work {
             Work::Read(read) => self.run_read(io, slot, read),
             Work::Modify(modify) => self.run_modify(io, slot, modify, now),
+            Work::Note(note) => self.run_note(io, slot, note, now),
+            Work::Adopt(adopt) => self.run_adopt(io, slot, adopt, now),
         };
         let Running {
             id, write_through, ..
@@ -469,6 +525,7 @@ impl Volume {
                 self.node_read(io, location, &buffer, result, now);
             }
             VolumeOp::Checkpoint(op) => self.checkpoint_op_done(op, result),
+            VolumeOp::Adopt(op) => self.adopt_read_done(io, *op, result, now),
             VolumeOp::Remove => {}
         }
     }
@@ -667,6 +724,18 @@ impl Volume {
             space: self.space.totals(),
             ..self.stats
         }
+    }
+
+    /// The root of the last committed checkpoint.
+    #[must_use]
+    pub const fn committed_root(&self) -> Option<NodeLocation> {
+        self.checkpoints.committed_root
+    }
+
+    /// No root reaches these any more: they were those of a snapshot that is being removed, alone. All its
+    /// nodes come in one call, after all its blocks. May be repeated.
+    pub fn release(&mut self, blocks: &[Displaced], nodes: &[NodeLocation]) {
+        self.space.release(blocks, nodes);
     }
 
     /// The segments that hold the volume.

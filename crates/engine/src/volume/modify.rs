@@ -134,7 +134,7 @@ impl Cursor {
 }
 
 /// Why a step did not go through at once.
-enum Pause {
+pub(super) enum Pause {
     Park(Step),
     Fail(RequestFailed),
 }
@@ -193,14 +193,14 @@ impl Volume {
         Ok(())
     }
 
-    fn log_mut(&mut self) -> &mut Log {
+    pub(super) fn log_mut(&mut self) -> &mut Log {
         self.log
             .as_mut()
             .expect("changes run only while the volume has a log")
     }
 
     /// Makes room in the log, or parks the request.
-    fn prepare(
+    pub(super) fn prepare(
         &mut self,
         io: &mut dyn Io,
         slot: Slot,
@@ -264,7 +264,8 @@ impl Volume {
         self.map
             .insert(first, address, &checksums, &mut self.displaced)
             .expect("the leaves were made resident in this very step");
-        self.space.displace(&mut self.displaced, Address::NONE);
+        self.space
+            .displace(&mut self.displaced, self.history.parent);
         self.space.revive(address.segment(), u64::from(count));
         self.checksums = checksums;
         self.stats.written_bytes += to_bytes - copy.offset_bytes;
@@ -384,7 +385,8 @@ impl Volume {
             self.map
                 .remove(block, count, &mut self.displaced)
                 .expect("the leaf was made resident in this very step");
-            self.space.displace(&mut self.displaced, Address::NONE);
+            self.space
+                .displace(&mut self.displaced, self.history.parent);
             *next = block.plus(u64::from(count));
         }
         self.runnable.push_back(slot);

@@ -8,13 +8,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::checkpoint::{CheckpointState, Checkpoints};
+use super::note::{self, FoundSnapshot, History, NewSnapshot, Parent};
 use super::space::{SegmentRow, SpaceTable};
 use super::{MapBudget, MapShare, Volume, VolumeError, VolumeStats};
 use crate::device::SegmentNumbers;
 use crate::io::{BlockingIo, DeviceId, Io, Op, Tokens};
-use crate::log::{Log, LogConfig, LogPosition, Recovery, RecoveryInput, VolumeAttributes, recover};
+use crate::log::{
+    Log, LogConfig, LogPosition, Recovery, RecoveryInput, VolumeAttributes, read_note, recover,
+};
 use crate::map::{Displaced, Extents, Map, NeedNode, NodeLocation};
-use crate::segment::{EntryKind, RecordSummary, SegmentHeader, SegmentKind};
+use crate::segment::{EntryKind, Note, RecordSummary, SegmentHeader, SegmentKind};
 use crate::types::{Address, BLOCK_BYTES, BlockNumber, Epoch, SegmentNumber, Uuid};
 
 /// Everything that opening a volume needs.
@@ -42,13 +45,25 @@ pub struct VolumeSpec {
     pub staging_bytes: u64,
     pub map_budget: Arc<MapBudget>,
     pub checkpoint_log_bytes: u64,
+    /// The head's at the checkpoint.
+    pub parent: Option<Parent>,
+    /// Position of the newest snapshot, whichever line it is of; address 0: none.
+    pub newest_snapshot: Address,
+    /// Payload of the newest state note, for when it has to be repeated.
+    pub state_note: Vec<u8>,
+    /// The volume's first blocks are another one's.
+    pub clone: bool,
 }
 
-/// Recovers and opens a volume.
+/// Recovers and opens a volume. Snapshots that recovery met behind the checkpoint are returned too,
+/// oldest first: they are pending again.
 ///
 /// # Errors
 /// [`VolumeError`]; nothing is lost, and opening may be tried again.
-pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), VolumeError> {
+pub fn open(
+    spec: VolumeSpec,
+    io: &mut dyn Io,
+) -> Result<(Volume, Recovery, Vec<FoundSnapshot>), VolumeError> {
     let config = LogConfig {
         device: spec.device,
         pool: spec.pool,
@@ -61,7 +76,19 @@ pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), Vol
     };
     let mut io = BlockingIo::new(io, spec.device);
     let mut replay = Replay {
-        map: Map::open(spec.checkpoint.root, spec.mapped_blocks, None),
+        map: Map::open(
+            spec.checkpoint.root,
+            spec.mapped_blocks,
+            spec.parent.and_then(|parent| parent.root),
+        ),
+        history: History::new(
+            spec.parent,
+            spec.newest_snapshot,
+            spec.state_note.clone(),
+            spec.clone,
+        ),
+        found: Vec::new(),
+        warnings: Vec::new(),
         space: SpaceTable::new(&spec.segments),
         displaced: Vec::new(),
         budget: Arc::clone(&spec.map_budget),
@@ -81,6 +108,7 @@ pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), Vol
             .map_err(|error| error.to_string())
     })?;
     recovery.warnings.append(&mut warnings);
+    recovery.warnings.append(&mut replay.warnings);
     replay.note_segments(&mut recovery);
     let log = if spec.read_only {
         None
@@ -91,6 +119,8 @@ pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), Vol
         map,
         space,
         displaced,
+        history,
+        found,
         ..
     } = replay;
     let volume = Volume {
@@ -116,7 +146,8 @@ pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), Vol
         waiting_append: std::collections::VecDeque::new(),
         waiting_durable: Vec::new(),
         finished: Vec::new(),
-        checkpoints: Checkpoints::new(spec.checkpoint.position, spec.checkpoint_log_bytes),
+        checkpoints: Checkpoints::new(&spec.checkpoint, spec.checkpoint_log_bytes),
+        history,
         closing: false,
         turn_soon: false,
         reads_in_flight: std::collections::BTreeSet::new(),
@@ -128,7 +159,7 @@ pub fn open(spec: VolumeSpec, io: &mut dyn Io) -> Result<(Volume, Recovery), Vol
         displaced,
         log_events: Vec::new(),
     };
-    Ok((volume, recovery))
+    Ok((volume, recovery, found))
 }
 
 fn create_log(
@@ -217,6 +248,9 @@ struct Replay {
     space: SpaceTable,
     displaced: Vec<Displaced>,
     budget: Arc<MapBudget>,
+    history: History,
+    found: Vec<FoundSnapshot>,
+    warnings: Vec<String>,
 }
 
 impl Replay {
@@ -240,16 +274,53 @@ impl Replay {
                     self.unmap(io, entry.block, entry.count)?;
                     self.space.count_unmaps(segment, 1);
                 }
-                // It changes no block.
-                EntryKind::Note => {}
+                EntryKind::Note => self.note(io, placed.position, placed.checksums),
             }
-            self.space.displace(&mut self.displaced, Address::NONE);
+            self.space
+                .displace(&mut self.displaced, self.history.parent);
         }
         let share = self.budget.share_bytes();
         if self.map.memory_bytes() > share {
             self.map.evict(share - share / 16);
         }
         Ok(())
+    }
+
+    /// Takes a note: what it says of snapshots is done here as it was when it was appended.
+    fn note(&mut self, io: &mut BlockingIo<'_>, position: Address, checksums: &[u32]) {
+        let note = match read_note(io, position, checksums) {
+            Ok(note) => note,
+            Err(error) => {
+                self.warnings.push(format!(
+                    "{error}; if it was a snapshot's, that snapshot is lost"
+                ));
+                return;
+            }
+        };
+        if let Note::Snapshot {
+            snapshot: uuid,
+            created_ns,
+            size_bytes,
+            name,
+        } = &note
+        {
+            self.found.push(FoundSnapshot {
+                snapshot: NewSnapshot {
+                    uuid: *uuid,
+                    name: name.clone(),
+                    created_ns: *created_ns,
+                },
+                size_bytes: *size_bytes,
+                position,
+            });
+        }
+        note::take_note(
+            &note,
+            position,
+            &mut self.history,
+            &mut self.map,
+            &mut self.space,
+        );
     }
 
     fn unmap(

@@ -172,6 +172,26 @@ impl<D: Disk, I: WorkerIo> WorkerHandle<D, I> {
         self.with(move |worker| Ok(worker.add_volume(disk, uuid)))
     }
 
+    /// Runs `f` on a volume, between two turns of its worker.
+    ///
+    /// # Errors
+    /// There is no such volume.
+    pub fn with_volume<T: Send + 'static>(
+        &self,
+        volume: VolumeId,
+        f: impl FnOnce(&mut D) -> T + Send + 'static,
+    ) -> Result<T, CommandError> {
+        self.with(move |worker| Ok(f(worker.disk(volume)?)))
+    }
+
+    /// Submits a request of our own, and waits until it is over.
+    ///
+    /// # Errors
+    /// The volume is not open, or the request failed.
+    pub fn request(&self, volume: VolumeId, kind: RequestKind) -> Result<(), CommandError> {
+        self.call(move |worker, reply| worker.direct(volume, kind, reply))
+    }
+
     /// Reads whole sectors.
     ///
     /// # Errors
@@ -234,7 +254,7 @@ impl<D: Disk, I: WorkerIo> WorkerHandle<D, I> {
     /// # Errors
     /// The flush failed: what was written since the last one may not be durable.
     pub fn flush(&self, volume: VolumeId) -> Result<(), CommandError> {
-        self.call(move |worker, reply| worker.direct(volume, RequestKind::Flush, reply))
+        self.request(volume, RequestKind::Flush)
     }
 
     /// Discards (`exact` false) or zeroes a range of whole sectors.
@@ -259,13 +279,15 @@ impl<D: Disk, I: WorkerIo> WorkerHandle<D, I> {
                 len_bytes,
                 exact,
             };
-            self.call(move |worker, reply| worker.direct(volume, kind, reply))?;
+            self.request(volume, kind)?;
             at += len_bytes;
         }
         Ok(())
     }
 
-    fn check_range(
+    /// # Errors
+    /// The range is not whole sectors inside the volume.
+    pub fn check_range(
         &self,
         volume: VolumeId,
         offset_bytes: u64,

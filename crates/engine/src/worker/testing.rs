@@ -173,6 +173,9 @@ impl Disk for RamDisk {
                         .unwrap()
                         .push((offset_bytes, len_bytes, exact));
                 }
+                RequestKind::Snapshot { .. }
+                | RequestKind::StateNote { .. }
+                | RequestKind::Adopt { .. } => unreachable!("no ring asks for it"),
             }
             let result = if fail {
                 Err(RequestFailed::Damaged)

@@ -10,7 +10,7 @@ use std::time::Duration;
 use vhostd_engine::device::SegmentNumbers;
 use vhostd_engine::io::{AlignedBuf, DeviceId, Io, IoBuf};
 use vhostd_engine::log::Recovery;
-use vhostd_engine::types::{Epoch, SegmentNumber, Uuid};
+use vhostd_engine::types::{Address, Epoch, SegmentNumber, Uuid};
 use vhostd_engine::volume::{
     self, CheckpointResult, CheckpointState, Finished, MapBudget, Now, Request, RequestFailed,
     RequestId, RequestKind, SegmentRow, Volume, VolumeError, VolumeEvent, VolumeSpec,
@@ -159,8 +159,12 @@ impl<'a> Harness<'a> {
             staging_bytes: setup.staging_bytes,
             map_budget: Arc::new(MapBudget::new(setup.map_bytes)),
             checkpoint_log_bytes: setup.checkpoint_log_bytes,
+            parent: None,
+            newest_snapshot: Address::NONE,
+            state_note: Vec::new(),
+            clone: false,
         };
-        let (mut volume, recovery) = volume::open(spec, io)?;
+        let (mut volume, recovery, _) = volume::open(spec, io)?;
         volume.attach(0);
         Ok(Self {
             io,
