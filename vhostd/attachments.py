@@ -3,7 +3,8 @@
 An attachment:   attached ──detach──▶ gone        failed (kept, with the reason) ──detach──▶ gone
 
 Invariants:
-- A volume has several attachments that only read, or one that writes.
+- A volume has several attachments that only read, or one that writes; a snapshot has any number
+  that read, whatever its volume has.
 - A volume is open while it has an attachment, and closed when its last one goes.
 - An attachment is in the registry before its socket exists, and until its socket is gone, so that
   a front-end that reconnects after a restart finds it again. A temporary one (import, export) is
@@ -37,8 +38,9 @@ from vhostd.protocol.device import Device
 from vhostd.protocol.server import MAX_SOCKET_PATH_BYTES, ExportServer
 from vhostd.protocol.session import EndKind, SessionEnd, SessionInfo
 from vhostd.registry import AttachmentRecord, Registry
+from vhostd.storage.names import SnapshotName
 from vhostd.storage.pool import Pool
-from vhostd.storage.volume import OpenVolume
+from vhostd.storage.volume import OpenSnapshot, OpenVolume
 
 __all__ = ["Attachment", "Attachments"]
 
@@ -52,7 +54,7 @@ class Attachment:
     record: AttachmentRecord
     temporary: bool = False
     pool: Pool | None = None
-    volume: OpenVolume | None = None
+    volume: OpenVolume | OpenSnapshot | None = None
     server: ExportServer | None = None
     error: str | None = None
     export_ids: set[int] = field(default_factory=set)
@@ -63,8 +65,8 @@ class Attachment:
 
     @property
     def name(self) -> str:
-        """`pool/volume`."""
-        return f"{self.record.pool}/{self.record.volume}"
+        """`pool/volume` or `pool/volume@snapshot`."""
+        return _name(self.record)
 
     def describe(self) -> dict[str, Any]:
         """The attachment for programs; docs/json-output.md."""
@@ -111,10 +113,14 @@ class Attachments:
         return sorted(self._by_socket.values(), key=lambda a: (a.name, a.record.socket))
 
     def of(self, pool: str, volume: str | None = None) -> list[Attachment]:
-        """Those of a pool, or of one volume."""
+        """Those of a pool, or of one volume and its snapshots."""
         return [
             a for a in self.all() if a.record.pool == pool and volume in (None, a.record.volume)
         ]
+
+    def of_head(self, pool: str, volume: str) -> list[Attachment]:
+        """Those of one volume, without its snapshots."""
+        return [a for a in self.of(pool, volume) if a.record.snapshot is None]
 
     def by_export(self, export_id: int) -> Attachment | None:
         """The one whose session has that export."""
@@ -125,16 +131,17 @@ class Attachments:
         pool: str,
         volume: str,
         *,
+        snapshot: str | None = None,
         socket: str | None = None,
         queues: int = DEFAULT_QUEUES,
         read_only: bool = False,
         temporary: bool = False,
     ) -> Attachment:
-        """Opens the volume if need be, and listens.
+        """Opens the volume (or a snapshot of it, read-only) if need be, and listens.
 
         Raises:
             UsageError: the socket's path or the number of queues is not possible.
-            NotFoundError: there is no such volume, or no directory for the socket.
+            NotFoundError: there is no such volume or snapshot, or no directory for the socket.
             BusyError: the volume is attached in a way that excludes this.
             ExistsError: the path is taken.
             DamagedError, NoSpaceError, DeviceError: the volume cannot be opened.
@@ -144,7 +151,8 @@ class Attachments:
                 f"volume {pool}/{volume}: {queues} queues are not possible; "
                 f"choose 1 to {MAX_QUEUES}"
             )
-        path = self._default_socket(pool, volume, temporary) if socket is None else socket
+        full = volume if snapshot is None else f"{volume}@{snapshot}"
+        path = self._default_socket(pool, full, temporary) if socket is None else socket
         if not Path(path).is_absolute():
             raise UsageError(f"socket {path!r} is not an absolute path; begin it with a slash")
         if len(path.encode()) > MAX_SOCKET_PATH_BYTES:
@@ -153,10 +161,18 @@ class Attachments:
                 "possible; choose a shorter one with --socket"
             )
         record = AttachmentRecord(
-            pool=pool, volume=volume, socket=path, queues=queues, read_only=read_only
+            pool=pool,
+            volume=volume,
+            snapshot=snapshot,
+            socket=path,
+            queues=queues,
+            read_only=read_only or snapshot is not None,
         )
         # All that is certain is said before anything is changed.
-        await asyncio.to_thread(self._find_pool(pool).catalog.volume, volume)
+        opened = self._find_pool(pool)
+        await asyncio.to_thread(opened.catalog.volume, volume)
+        if snapshot is not None:
+            await asyncio.to_thread(opened.snapshots.find, volume, snapshot)
         self._refuse_conflict(record)
         attachment = Attachment(record, temporary=temporary)
         self._by_socket[path] = attachment
@@ -205,18 +221,25 @@ class Attachments:
             await self._forget(attachment)
         self._log.info("detached", volume=attachment.name, socket=attachment.record.socket)
 
-    def find(self, pool: str, volume: str, socket: str | None) -> list[Attachment]:
-        """What `detach POOL/VOLUME [--socket]` means.
+    def find(
+        self, pool: str, volume: str, snapshot: str | None, socket: str | None
+    ) -> list[Attachment]:
+        """What `detach POOL/VOLUME[@SNAPSHOT] [--socket]` means.
 
         Raises:
             NotFoundError: there is none.
         """
-        found = [a for a in self.of(pool, volume) if socket in (None, a.record.socket)]
+        found = [
+            a
+            for a in self.of(pool, volume)
+            if a.record.snapshot == snapshot and socket in (None, a.record.socket)
+        ]
         if not found:
             where = f" on {socket}" if socket else ""
+            what = "volume" if snapshot is None else "snapshot"
+            name = f"{pool}/{volume}" + ("" if snapshot is None else f"@{snapshot}")
             raise NotFoundError(
-                f"volume {pool}/{volume} is not attached{where}; `vhostctl attachments` shows "
-                "what is"
+                f"{what} {name} is not attached{where}; `vhostctl attachments` shows what is"
             )
         return found
 
@@ -224,6 +247,12 @@ class Attachments:
         """Follows a volume that has another name."""
         for attachment in self.of(pool, old):
             await self._record(attachment, volume=new)
+
+    async def snapshot_renamed(self, old: SnapshotName, new: str) -> None:
+        """Follows a snapshot that has another name."""
+        for attachment in self.of(old.pool, old.volume):
+            if attachment.record.snapshot == old.snapshot:
+                await self._record(attachment, snapshot=new)
 
     async def stop(self) -> bool:
         """Ends all sessions and closes all volumes; the registry keeps what was attached.
@@ -257,7 +286,11 @@ class Attachments:
             await asyncio.to_thread(
                 _make_socket_directory, Path(record.socket).parent, self._runtime_dir
             )
-        volume = await asyncio.to_thread(pool.open_volume, record.volume)
+        volume: OpenVolume | OpenSnapshot
+        if record.snapshot is not None:
+            volume = await asyncio.to_thread(pool.open_snapshot, record.volume, record.snapshot)
+        else:
+            volume = await asyncio.to_thread(pool.open_volume, record.volume)
         attachment.pool, attachment.volume = pool, volume
         server = ExportServer(
             Path(record.socket),
@@ -306,7 +339,7 @@ class Attachments:
             self._registry.attachments[attachment.record.socket] = attachment.record
             await asyncio.to_thread(self._registry.save)
 
-    def _open_device(self, attachment: Attachment, volume: OpenVolume) -> Device:
+    def _open_device(self, attachment: Attachment, volume: OpenVolume | OpenSnapshot) -> Device:
         """Runs in a helper thread."""
         export_id = next(self._ids)
         attachment.export_ids = {export_id}
@@ -365,12 +398,19 @@ class Attachments:
                 f"socket {record.socket} serves volume {taken.name} already; choose another path "
                 "with --socket, or detach that first"
             )
-        others = self.of(record.pool, record.volume)
+        if record.snapshot is not None:
+            return
+        others = self.of_head(record.pool, record.volume)
         writer = next((a for a in others if not a.record.read_only), None)
         if writer is not None:
             _refuse_busy(record, f"attached on {writer.record.socket} for writing")
         if others and not record.read_only:
             _refuse_busy(record, f"attached on {others[0].record.socket} for reading")
+
+
+def _name(record: AttachmentRecord) -> str:
+    name = f"{record.pool}/{record.volume}"
+    return name if record.snapshot is None else f"{name}@{record.snapshot}"
 
 
 def _refuse_busy(record: AttachmentRecord, state: str) -> NoReturn:

@@ -30,14 +30,18 @@ from vhostd.errors import (
     ExistsError,
     NotFoundError,
     UnavailableError,
+    UsageError,
     VhostdError,
 )
+from vhostd.jobs import Jobs
 from vhostd.lockfile import LockFile
 from vhostd.protocol.session import EndKind
 from vhostd.receives import Receives
 from vhostd.registry import PoolRecord, Registry
+from vhostd.snapshots import SnapshotCalls
+from vhostd.space import SpaceKeeper
 from vhostd.storage.engine import Engine, FormatDevice
-from vhostd.storage.names import VolumeName
+from vhostd.storage.names import SnapshotName, VolumeName
 from vhostd.storage.pool import Pool, create_pool
 from vhostd.storage.volume import OpenVolume
 
@@ -67,10 +71,13 @@ class Daemon:
         self._lock_file: LockFile | None = None
         self._pools: dict[str, Pool] = {}
         self._failed_pools: dict[str, str] = {}
-        self._change = asyncio.Lock()
+        self.change = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._checkpointing: dict[UUID, bool] = {}
         self._log = structlog.get_logger()
+        self.jobs = Jobs()
+        self.space = SpaceKeeper(self.pools)
+        self.snapshots = SnapshotCalls(self)
         self._use_registry(Registry(None))
 
     def _use_registry(self, registry: Registry) -> None:
@@ -85,7 +92,7 @@ class Daemon:
         self.receives = Receives(
             registry=registry,
             attachments=self.attachments,
-            change=self._change,
+            change=self.change,
             find_pool=self.pool,
         )
 
@@ -109,7 +116,11 @@ class Daemon:
                 self._log.error("pool could not be opened", pool=record.name, error=str(error))
         await self.receives.settle(self._pools)
         await self.attachments.restore()
+        for pool in self.pools():
+            self.jobs.release_all(pool)
         self._spawn(self._checkpoint_forever())
+        self._spawn(self.space.run())
+        self.space.look()
 
     def _open_state(self, state_dir: Path) -> Registry:
         try:
@@ -125,7 +136,8 @@ class Daemon:
     async def stop(self) -> bool:
         """Ends everything in order; False if a volume could not be closed cleanly."""
         self.stopping.set()
-        async with self._change:
+        await self.jobs.stop()
+        async with self.change:
             for task in list(self._tasks):
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -142,6 +154,22 @@ class Daemon:
 
     # Pools
 
+    def pools(self) -> list[Pool]:
+        """Those that are open."""
+        return list(self._pools.values())
+
+    def refuse_other_pool(self, name: SnapshotName, volume: VolumeName) -> None:
+        """A clone shares space, so it is in the pool of its origin.
+
+        Raises:
+            UsageError: it is not.
+        """
+        if name.pool != volume.pool:
+            raise UsageError(
+                f"volume {volume} cannot be a clone of {name}, which is in another pool; clone it "
+                f"within {name.pool}, or export it and import it"
+            )
+
     def pool(self, name: str) -> Pool:
         """The open pool of that name.
 
@@ -157,7 +185,7 @@ class Daemon:
 
     async def create_pool(self, name: str, device: Path, segment_bytes: int) -> dict[str, Any]:
         """Makes a pool, opens it, and keeps it in the registry."""
-        async with self._change:
+        async with self.change:
             self._refuse_taken(name)
             await asyncio.to_thread(
                 create_pool,
@@ -170,7 +198,7 @@ class Daemon:
 
     async def open_pool(self, device: Path) -> dict[str, Any]:
         """Takes over a pool that exists, and keeps it in the registry."""
-        async with self._change:
+        async with self.change:
             return await self._adopt(device)
 
     async def _adopt(self, device: Path) -> dict[str, Any]:
@@ -178,7 +206,8 @@ class Daemon:
         self._registry.pools[pool.name] = PoolRecord(pool.name, str(device))
         await asyncio.to_thread(self._registry.save)
         self._log.info("pool opened", pool=pool.name, device=str(device))
-        return await asyncio.to_thread(pool.info)
+        self.jobs.release_all(pool)
+        return await asyncio.to_thread(pool.space.pool)
 
     async def _open_pool(self, device: Path, name: str | None = None) -> Pool:
         pool = await asyncio.to_thread(
@@ -206,19 +235,21 @@ class Daemon:
 
     async def close_pool(self, name: str) -> None:
         """Closes a pool and forgets where it is; its data stays."""
-        async with self._change:
+        async with self.change:
             if self._failed_pools.pop(name, None) is None:
                 pool = self.pool(name)
                 self._refuse_attached(name)
+                self._refuse_working(name)
                 del self._pools[name]
                 await asyncio.to_thread(pool.close)
             await self._forget_pool(name)
 
     async def destroy_pool(self, name: str, *, force: bool) -> None:
         """Removes a pool and all its data."""
-        async with self._change:
+        async with self.change:
             pool = self.pool(name)
             self._refuse_attached(name)
+            self._refuse_working(name)
             forgotten = False
 
             def forget() -> None:
@@ -242,13 +273,28 @@ class Daemon:
     async def list_pools(self) -> list[dict[str, Any]]:
         """All pools; those that could not be opened have `error`."""
         rows = [
-            {"error": None, **await asyncio.to_thread(pool.info)} for pool in self._pools.values()
+            {"error": None, **await asyncio.to_thread(pool.space.pool)} for pool in self.pools()
         ]
         rows += [
             {"name": name, "device": self._registry.pools[name].device, "error": error}
             for name, error in self._failed_pools.items()
         ]
         return sorted(rows, key=lambda row: str(row["name"]))
+
+    async def pool_info(self, name: str) -> dict[str, Any]:
+        """One pool, with what its files take just now."""
+        pool = self.pool(name)
+        return {"error": None, **await asyncio.to_thread(pool.space.pool, exact=True)}
+
+    async def configure_pool(self, name: str, **changes: Any) -> dict[str, Any]:
+        """Changes `quota_bytes` and `warn_percent`; what is not given stays."""
+        async with self.change:
+            pool = self.pool(name)
+            row = await asyncio.to_thread(pool.catalog.pool)
+            values = {"quota_bytes": row.quota_bytes, "warn_percent": row.warn_percent, **changes}
+            await asyncio.to_thread(lambda: pool.configure(**values))
+        self.space.look()
+        return await self.pool_info(name)
 
     def _refuse_taken(self, name: str) -> None:
         if name in self._pools or name in self._registry.pools:
@@ -262,22 +308,67 @@ class Daemon:
                 f"{attached[0].record.socket}); detach them first"
             )
 
+    def _refuse_working(self, name: str) -> None:
+        working = [
+            job
+            for job in self.jobs.all()
+            if job.volume.partition("/")[0] == name and job.state in ("waiting", "running")
+        ]
+        if working:
+            raise BusyError(
+                f"pool {name} is at work: {working[0].kind} of volume {working[0].volume}; wait "
+                "until `vhostctl jobs` shows nothing of it"
+            )
+
     # Volumes
 
     async def create_volume(self, name: VolumeName, **arguments: Any) -> dict[str, Any]:
         """See `Pool.create_volume`."""
-        async with self._change:
+        async with self.change:
             pool = self.pool(name.pool)
             row = await asyncio.to_thread(pool.create_volume, name.volume, **arguments)
             self._log.info("volume created", volume=str(name), size_bytes=row.size_bytes)
             return await self.volume_info(name)
 
     async def volume_info(self, name: VolumeName) -> dict[str, Any]:
-        """One volume."""
+        """One volume, with what its segments take just now."""
         pool = self.pool(name.pool)
         row = await asyncio.to_thread(pool.catalog.volume, name.volume)
         volumes = await self.list_volumes(name.pool)
-        return next(volume for volume in volumes if volume["uuid"] == str(row.uuid))
+        info = next(volume for volume in volumes if volume["uuid"] == str(row.uuid))
+        return {**info, "space": await asyncio.to_thread(pool.space.volume, row.name)}
+
+    async def volume_usage(self, name: VolumeName, *, exact: bool) -> dict[str, Any]:
+        """What a volume takes; exact: also what each snapshot alone holds, which walks maps."""
+        info = await self.volume_info(name)
+        usage: dict[str, Any] = {
+            "name": info["name"],
+            "provisioned_bytes": info["size_bytes"],
+            "referenced_bytes": info["mapped_bytes"],
+            **info["space"],
+            "foreign_bytes": None if info["origin"] else 0,
+            "snapshots": None,
+        }
+        if exact:
+            pool = self.pool(name.pool)
+            usage |= await asyncio.to_thread(pool.space.exact, name.volume)
+        return usage
+
+    async def configure_volume(self, name: VolumeName, **changes: Any) -> dict[str, Any]:
+        """Changes `quota_bytes`, `reservation_bytes` and `on_full`; what is not given stays."""
+        async with self.change:
+            pool = self.pool(name.pool)
+            row = await asyncio.to_thread(pool.catalog.volume, name.volume)
+            values = {
+                "quota_bytes": row.quota_bytes,
+                "reservation_bytes": row.reservation_bytes,
+                "on_full": row.on_full,
+                **changes,
+            }
+            await asyncio.to_thread(lambda: pool.configure_volume(name.volume, **values))
+            self._log.info("volume configured", volume=str(name), **values)
+        self.space.look()
+        return await self.volume_info(name)
 
     async def list_volumes(self, pool_name: str | None = None) -> list[dict[str, Any]]:
         """The volumes of one pool, or of all."""
@@ -286,58 +377,69 @@ class Daemon:
         for pool in pools:
             rows += await asyncio.to_thread(_describe_volumes, pool)
         for row in rows:
-            attached = self.attachments.of(row["pool"], row["volume"])
+            attached = self.attachments.of_head(row["pool"], row["volume"])
             row["attachments"] = [attachment.describe() for attachment in attached]
             row["receiving"] = self.receives.describe(VolumeName(row["pool"], row["volume"]))
+            row["jobs"] = [job.describe() for job in self.jobs.of(UUID(row["uuid"]))]
         return sorted(rows, key=lambda row: str(row["name"]))
 
     async def resize_volume(
         self, name: VolumeName, size_bytes: int, *, allow_shrink: bool
     ) -> dict[str, Any]:
         """See `Pool.resize_volume`."""
-        async with self._change:
-            pool = self.pool(name.pool)
+        pool = self.pool(name.pool)
+        row = await asyncio.to_thread(pool.catalog.volume, name.volume)
+        shrinks = allow_shrink and size_bytes < row.size_bytes
+        paused = self.jobs.paused(row.uuid) if shrinks else contextlib.nullcontext()
+        async with paused, self.change:
             self.receives.refuse(name)
             await asyncio.to_thread(
                 pool.resize_volume, name.volume, size_bytes, allow_shrink=allow_shrink
             )
             self._log.info("volume resized", volume=str(name), size_bytes=size_bytes)
-            return await self.volume_info(name)
+        return await self.volume_info(name)
 
     async def rename_volume(self, name: VolumeName, new_name: str) -> dict[str, Any]:
         """See `Pool.rename_volume`."""
-        async with self._change:
+        async with self.change:
             pool = self.pool(name.pool)
             self.receives.refuse(name)
             await asyncio.to_thread(pool.rename_volume, name.volume, new_name)
             await self.attachments.renamed(name.pool, name.volume, new_name)
             return await self.volume_info(VolumeName(name.pool, new_name))
 
-    async def remove_volume(self, name: VolumeName) -> None:
+    async def remove_volume(self, name: VolumeName, *, with_snapshots: bool = False) -> None:
         """See `Pool.remove_volume`."""
-        async with self._change:
-            pool = self.pool(name.pool)
-            await asyncio.to_thread(pool.catalog.volume, name.volume)
+        pool = self.pool(name.pool)
+        row = await asyncio.to_thread(pool.catalog.volume, name.volume)
+        async with self.jobs.paused(row.uuid), self.change:
             attached = self.attachments.of(name.pool, name.volume)
             if attached:
                 raise BusyError(
-                    f"volume {name} is attached on {attached[0].record.socket}; detach it first"
+                    f"{attached[0].name} is attached on {attached[0].record.socket}; detach it "
+                    f"first, then remove volume {name}"
                 )
-            await asyncio.to_thread(pool.remove_volume, name.volume)
+            await asyncio.to_thread(pool.remove_volume, name.volume, with_snapshots=with_snapshots)
             await self.receives.removed(name)
             self._log.info("volume removed", volume=str(name))
 
-    async def attach(self, name: VolumeName, **arguments: Any) -> dict[str, Any]:
+    async def attach(self, name: VolumeName | SnapshotName, **arguments: Any) -> dict[str, Any]:
         """See `Attachments.attach`."""
-        async with self._change:
-            self.receives.refuse(name)
-            attachment = await self.attachments.attach(name.pool, name.volume, **arguments)
+        async with self.change:
+            if isinstance(name, VolumeName):
+                self.receives.refuse(name)
+            attachment = await self.attachments.attach(
+                name.pool, name.volume, snapshot=_snapshot_of(name), **arguments
+            )
+            self.space.look()
             return attachment.describe()
 
-    async def detach(self, name: VolumeName, socket: str | None) -> list[dict[str, Any]]:
-        """Detaches a volume from one socket, or from all."""
-        async with self._change:
-            found = self.attachments.find(name.pool, name.volume, socket)
+    async def detach(
+        self, name: VolumeName | SnapshotName, socket: str | None
+    ) -> list[dict[str, Any]]:
+        """Detaches a volume or a snapshot from one socket, or from all."""
+        async with self.change:
+            found = self.attachments.find(name.pool, name.volume, _snapshot_of(name), socket)
             for attachment in found:
                 await self.attachments.detach(attachment)
             return [attachment.describe() for attachment in found]
@@ -389,12 +491,11 @@ class Daemon:
         elif kind in ("ring-broken", "memory-lost"):
             self._export_event(event)
         elif kind == "corruption":
-            volume = self._find_open(UUID(bytes=event["volume"]))
             details = {k: v for k, v in event.items() if k not in ("kind", "volume")}
             self._log.error(
                 "data does not match its checksum; the guest got an I/O error. Run `vhostctl "
                 "check`, and restore what it names",
-                volume=volume.name if volume else UUID(bytes=event["volume"]).hex,
+                volume=self._name_of(UUID(bytes=event["volume"])),
                 **details,
             )
         elif kind == "staging-full":
@@ -446,6 +547,14 @@ class Daemon:
         found = (pool.find_open(uuid) for pool in self._pools.values())
         return next((volume for volume in found if volume is not None), None)
 
+    def _name_of(self, uuid: UUID) -> str:
+        for pool in self._pools.values():
+            names = {volume.uuid: volume.name for volume in pool.open_volumes()}
+            names |= {snapshot.uuid: snapshot.name for snapshot in pool.open_snapshots()}
+            if uuid in names:
+                return names[uuid]
+        return str(uuid)
+
     def _on_device(self, index: int) -> list[Pool]:
         return [pool for pool in self._pools.values() if pool.device.index == index]
 
@@ -462,6 +571,7 @@ class Daemon:
                 wanted = self._checkpointing[volume.uuid]
         finally:
             del self._checkpointing[volume.uuid]
+            self.space.look()
 
     async def _checkpoint_forever(self) -> None:
         while True:
@@ -469,6 +579,9 @@ class Daemon:
             for volume in self._open_volumes():
                 work = asyncio.to_thread(volume.checkpoint, if_needed=True)
                 await self._report(work, volume.name)
+            # What failed to be freed is tried again.
+            for pool in self.pools():
+                self.jobs.release_all(pool)
 
     async def _report(self, work: Awaitable[T], name: str) -> T | None:
         """What nobody waits for must not fail unseen."""
@@ -495,6 +608,10 @@ class Daemon:
         return active
 
 
+def _snapshot_of(name: VolumeName | SnapshotName) -> str | None:
+    return name.snapshot if isinstance(name, SnapshotName) else None
+
+
 def _describe_volumes(pool: Pool) -> list[dict[str, Any]]:
     usage = pool.catalog.usage()
     rows = []
@@ -506,6 +623,8 @@ def _describe_volumes(pool: Pool) -> list[dict[str, Any]]:
         if volume is not None:
             with contextlib.suppress(VhostdError):
                 mapped_blocks = volume.stats().get("mapped_blocks", mapped_blocks)
+        snapshots = pool.catalog.snapshots.of(row.uuid)
+        full_name = pool.catalog.snapshots.full_name
         rows.append(
             {
                 "name": f"{pool.name}/{row.name}",
@@ -520,6 +639,15 @@ def _describe_volumes(pool: Pool) -> list[dict[str, Any]]:
                 "open": volume is not None,
                 "mapped_bytes": mapped_blocks * 4096,
                 "used_bytes": used_blocks * 4096,
+                "allocated_bytes": pool.space.allocated_bytes(row),
+                "snapshots": sum(s.name is not None for s in snapshots),
+                "snapshots_removing": sum(s.name is None for s in snapshots),
+                "parent": full_name(row.parent) if row.parent is not None else None,
+                "origin": full_name(row.origin) if row.origin is not None else None,
+                "quota_bytes": row.quota_bytes,
+                "reservation_bytes": row.reservation_bytes,
+                "on_full": row.on_full,
+                "limit_bytes": volume.limit_bytes if volume is not None else None,
             }
         )
     return rows

@@ -30,7 +30,7 @@ class PoolRecord(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AttachmentRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """A socket this daemon serves a volume on.
+    """A socket this daemon serves a volume, or (read-only) a snapshot of it, on.
 
     write_cache: what the guest last wrote to `writeback`; None if it never did.
     """
@@ -41,6 +41,7 @@ class AttachmentRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     queues: int
     read_only: bool
     write_cache: bool | None = None
+    snapshot: str | None = None
 
 
 class ReceiveRecord(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -19,7 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -41,6 +41,7 @@ from vhostd.storage.names import check_name
 from vhostd.storage.rows import PoolRow, SnapshotRow, VolumeRow, no_checkpoint
 from vhostd.storage.sizes import format_size
 from vhostd.storage.snapshots import Snapshots
+from vhostd.storage.space import Space, segment_path
 from vhostd.storage.statenote import state_note
 from vhostd.storage.volume import SERIAL_MAX_BYTES, OpenSnapshot, OpenVolume, check_size
 
@@ -95,6 +96,7 @@ class Pool:
         self._pins: Counter[UUID] = Counter()
         self._log = structlog.get_logger().bind(pool=row.name)
         self.snapshots = Snapshots(self)
+        self.space = Space(self)
 
     @classmethod
     def open(
@@ -331,7 +333,7 @@ class Pool:
         uncatalogued = [
             number
             for number in sorted(on_device - self.catalog.segment_numbers())
-            if self._belongs_to(number, row)
+            if self.owns_segment(number, row)
         ]
         checkpoint = self.catalog.checkpoint(row.uuid)
         epoch = self.catalog.next_epoch(row.uuid)
@@ -380,7 +382,8 @@ class Pool:
         for warning in recovered.get("warnings", ()):
             self._log.warning("recovery found something", volume=row.name, reason=warning)
 
-    def _belongs_to(self, number: int, row: VolumeRow) -> bool:
+    def owns_segment(self, number: int, row: VolumeRow) -> bool:
+        """Whether a segment on the device is of this volume."""
         try:
             return self.device.identify_segment(number)["volume_uuid"] == row.uuid.bytes
         except (DamagedError, NotFoundError):
@@ -413,6 +416,7 @@ class Pool:
             opened.background -= background
             if opened.users == 0:
                 del self._opened[volume.uuid]
+                self.space.forget(volume.uuid)
                 volume.close()
 
     def open_volumes(self) -> list[OpenVolume]:
@@ -501,27 +505,43 @@ class Pool:
             self.catalog.begin_removal(row.uuid, with_snapshots=with_snapshots)
             self._finish_removal(row)
 
-    def info(self) -> dict[str, Any]:
-        """The pool for people and programs: space and volumes."""
-        free_bytes, total_bytes = self.device.space()
-        row = self.catalog.pool()
-        volumes = [v for v in self.catalog.volumes() if v.state == "present"]
-        used_blocks = sum(used for used, _ in self.catalog.usage().values())
-        return {
-            "name": row.name,
-            "uuid": str(row.uuid),
-            "device": str(self.path),
-            "segment_bytes": row.segment_bytes,
-            "created_ns": row.created_ns,
-            "volumes": len(volumes),
-            "volumes_open": len(self._opened),
-            "provisioned_bytes": sum(v.size_bytes for v in volumes),
-            "used_bytes": used_blocks * BLOCK_BYTES,
-            "free_bytes": free_bytes,
-            "total_bytes": total_bytes,
-            "segments_without_owner": len(self.findings.unknown_volume)
-            + len(self.findings.unreadable),
-        }
+    def configure_volume(
+        self,
+        name: str,
+        *,
+        quota_bytes: int | None,
+        reservation_bytes: int | None,
+        on_full: str,
+    ) -> VolumeRow:
+        """Sets what a volume may take, what is kept for it, and what a write does at the end.
+
+        Raises:
+            UsageError: the reservation is beyond the quota.
+            NoSpaceError: what is reserved in all would be more than there is.
+        """
+        with self.lock:
+            row = self.catalog.volume(name)
+            self.space.check_reservation(row, quota_bytes, reservation_bytes)
+            self.catalog.set_volume(
+                row.uuid,
+                replace(
+                    row,
+                    quota_bytes=quota_bytes,
+                    reservation_bytes=reservation_bytes,
+                    on_full=on_full,
+                ),
+            )
+            row = self.catalog.volume(name)
+            opened = self._opened.get(row.uuid)
+            if opened is not None:
+                opened.volume.set_on_full(row)
+        self.space.apply_limits()
+        return row
+
+    def configure(self, *, quota_bytes: int | None, warn_percent: int) -> None:
+        """Sets what all volumes together may take, and from which part of it on it is warned."""
+        self.catalog.set_pool(quota_bytes=quota_bytes, warn_percent=warn_percent)
+        self.space.apply_limits()
 
     # What a crash may have left
 
@@ -589,8 +609,7 @@ class Pool:
             )
 
     def _is_blank(self, number: int) -> bool:
-        path = self.path / "segments" / f"{number >> 10:011x}" / f"{number:013x}.seg"
-        with path.open("rb") as file:
+        with segment_path(self.path, number).open("rb") as file:
             return not any(file.read(BLOCK_BYTES))
 
     def _catalog_is_old(self, evidence: str) -> DamagedError:
@@ -603,7 +622,7 @@ class Pool:
         numbers = {segment["number"] for segment in self.catalog.segments(row.uuid)}
         on_device = set(self.device.list_segments())
         uncatalogued = on_device - self.catalog.segment_numbers()
-        numbers |= {number for number in uncatalogued if self._belongs_to(number, row)}
+        numbers |= {number for number in uncatalogued if self.owns_segment(number, row)}
         for number in sorted(numbers & on_device):
             self.device.remove_segment(number)
         (self._staging_dir / str(row.uuid)).unlink(missing_ok=True)

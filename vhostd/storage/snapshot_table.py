@@ -171,6 +171,9 @@ class SnapshotTable:
             self._insert(
                 db, volume_id, uuid, name, position, size_bytes, created_ns, quiesced, guid
             )
+            if guid is not None:
+                # Its note in the log does not tell this.
+                db.execute("UPDATE volumes SET state_noted = 0 WHERE id = ?", (volume_id,))
         made = self.get(uuid)
         if made is None:
             raise self._db.broken("a snapshot that was added is not there")

@@ -139,7 +139,8 @@ class Snapshots:
     ) -> SnapshotRow:
         """Takes a snapshot, of an open volume without a pause of more than a request.
 
-        guid: of the snapshot elsewhere that has the same content; None: its own.
+        quiesced: its file systems were frozen for it. guid: of the snapshot elsewhere whose
+        contents it has; by default one of its own.
 
         Raises:
             UsageError: that is no name for it.
@@ -160,11 +161,7 @@ class Snapshots:
             for _ in range(PENDING_RETRIES):
                 try:
                     return opened.snapshot(
-                        uuid=uuid,
-                        name=name,
-                        created_ns=created_ns,
-                        quiesced=quiesced,
-                        guid=guid,
+                        uuid=uuid, name=name, created_ns=created_ns, quiesced=quiesced, guid=guid
                     )
                 except BusyError:
                     opened.checkpoint()
@@ -281,6 +278,13 @@ class Snapshots:
             return 0, 0
         return self._pool.engine.exclusive(
             self._pool.device, root=row.root, others=self._neighbours(row)
+        )
+
+    def release_waits(self, volume: UUID) -> bool:
+        """Whether snapshots that are being removed keep their space, as several lines descend."""
+        rows = self._table.of(volume)
+        return self._table.next_to_release(volume) is None and any(
+            row.state == "removing" for row in rows
         )
 
     # Rolling back

@@ -182,7 +182,7 @@ class OpenVolume:
         guid: UUID | None = None,
     ) -> SnapshotRow:
         """Takes a snapshot; requests that have completed are in it. It is pending until the next
-        checkpoint.
+        checkpoint. guid: of the snapshot elsewhere whose contents it has.
 
         Raises:
             BusyError: the engine has as many pending ones as it can hold; make a checkpoint.
@@ -201,8 +201,11 @@ class OpenVolume:
                 quiesced=quiesced,
                 guid=guid,
             )
-            # Its own note is in the log; this is for when the engine has to repeat the state.
-            self._note(write=False)
+            if guid is not None:
+                self.note_state()
+            else:
+                # Its own note is in the log; this is for when the engine has to repeat the state.
+                self._note(write=False)
         return made
 
     def take_over_found(self) -> None:
@@ -271,7 +274,9 @@ class OpenVolume:
     def set_limit(self, limit_bytes: int | None) -> None:
         """Bytes that its segments may take."""
         with self._commit_lock:
-            if not self._closed and limit_bytes != self.limit_bytes:
+            if limit_bytes == self.limit_bytes or self._closed:
+                return
+            if hasattr(self._engine, "set_limit"):
                 self._engine.set_limit(limit_bytes)
                 self.limit_bytes = limit_bytes
 
@@ -279,7 +284,7 @@ class OpenVolume:
         """Takes over the row after its settings have changed."""
         with self._commit_lock:
             self.row = row
-            if not self._closed:
+            if not self._closed and hasattr(self._engine, "set_pause_when_full"):
                 self._engine.set_pause_when_full(row.on_full == "pause")
 
     def close(self) -> None:

@@ -258,7 +258,7 @@ def test_segments_without_owner_are_kept_and_counted(world: World) -> None:
     pool = world.reopen()
     assert pool.findings.unknown_volume == [number]
     assert pool.findings.unreadable == [damaged]
-    assert pool.info()["segments_without_owner"] == 2
+    assert pool.space.pool()["segments_without_owner"] == 2
     assert pool.device.list_segments() == [number, damaged]
 
 
@@ -386,6 +386,6 @@ def test_close_of_a_pool_goes_on_when_one_volume_fails(world: World) -> None:
 def test_info_adds_up(world: World) -> None:
     world.pool.create_volume("a", GIB)
     world.pool.create_volume("b", 2 * GIB)
-    info = world.pool.info()
+    info = world.pool.space.pool()
     assert (info["volumes"], info["provisioned_bytes"]) == (2, 3 * GIB)
     assert 0 < info["free_bytes"] <= info["total_bytes"]
