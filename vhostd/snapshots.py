@@ -17,7 +17,7 @@ import structlog
 
 from vhostd.errors import BusyError
 from vhostd.storage.names import SnapshotName, VolumeName
-from vhostd.storage.snapshots import DIFFERENCE_RANGES, time_name
+from vhostd.storage.snapshots import time_name
 
 if TYPE_CHECKING:
     from vhostd.daemon import Daemon
@@ -135,34 +135,6 @@ class SnapshotCalls:
             self._log.info("volume rolled back", snapshot=str(name))
         self._daemon.jobs.release(pool, row.uuid, str(name.of))
         return await self._daemon.volume_info(name.of)
-
-    async def difference(
-        self,
-        name: SnapshotName,
-        new: str | None,
-        *,
-        start_bytes: int = 0,
-        limit: int = DIFFERENCE_RANGES,
-    ) -> dict[str, Any]:
-        """A page of what changed since a snapshot, up to another or (None) the head."""
-        pool = self._daemon.pool(name.pool)
-        page = await asyncio.to_thread(
-            pool.snapshots.difference,
-            name.volume,
-            name.snapshot,
-            new,
-            start=start_bytes,
-            limit=limit,
-        )
-        return {
-            "ranges": [
-                {"offset": offset, "length": length, "type": "data" if mapped else "zero"}
-                for offset, length, mapped in page.ranges
-            ],
-            "next": page.next,
-            "old_size_bytes": page.old_size_bytes,
-            "new_size_bytes": page.new_size_bytes,
-        }
 
     # Clones
 

@@ -26,7 +26,6 @@ from vhostd.protocol.session import SessionInfo
 from vhostd.storage.names import parse_snapshot, parse_volume, parse_volume_or_snapshot
 from vhostd.storage.pool import DEFAULT_SEGMENT_BYTES
 from vhostd.storage.snapshot_table import MAX_SNAPSHOTS
-from vhostd.storage.snapshots import DIFFERENCE_RANGES
 
 __all__ = ["Methods"]
 
@@ -135,13 +134,6 @@ class SnapshotRemove(_Params):
     snapshots: Annotated[list[Text], Meta(max_length=MAX_SNAPSHOTS)] | None = None
 
 
-class SnapshotDiff(_Params):
-    snapshot: Text
-    to: Text | None = None
-    start_bytes: Bytes = 0
-    limit: Annotated[int, Meta(ge=1, le=DIFFERENCE_RANGES)] = DIFFERENCE_RANGES
-
-
 class OneJob(_Params):
     job: Annotated[int, Meta(ge=1)]
 
@@ -221,7 +213,6 @@ class Methods:
         add("snapshot.protect", SnapshotProtect, self._snapshot_protect)
         add("snapshot.remove", SnapshotRemove, self._snapshot_remove)
         add("snapshot.rollback", OneSnapshot, self._snapshot_rollback)
-        add("snapshot.diff", SnapshotDiff, self._snapshot_diff)
         add("job.list", NoParams, self._jobs)
         add("job.info", OneJob, self._job)
         add("job.stop", OneJob, self._job_stop)
@@ -340,14 +331,6 @@ class Methods:
 
     async def _snapshot_rollback(self, params: OneSnapshot) -> dict[str, Any]:
         return await self._daemon.snapshots.rollback(parse_snapshot(params.snapshot))
-
-    async def _snapshot_diff(self, params: SnapshotDiff) -> dict[str, Any]:
-        return await self._daemon.snapshots.difference(
-            parse_snapshot(params.snapshot),
-            params.to,
-            start_bytes=params.start_bytes,
-            limit=params.limit,
-        )
 
     async def _jobs(self, _: NoParams) -> list[dict[str, Any]]:
         return [job.describe() for job in self._daemon.jobs.all()]
