@@ -131,7 +131,7 @@ class Receives:
     async def _begin(
         self, pool: Pool, name: VolumeName, stream: StreamIdentity, *, force: bool
     ) -> dict[str, Any]:
-        attached = self._attachments.of(name.pool, name.volume)
+        attached = self._attachments.of_head(name.pool, name.volume)
         if attached:
             raise BusyError(
                 f"volume {name} is attached on {attached[0].record.socket}; detach it first, or "
@@ -222,7 +222,7 @@ class Receives:
         async with self._change:
             record = self._record(name, guid)
             pool = self._find_pool(name.pool)
-            await self._detach(self._attachments.of(name.pool, name.volume))
+            await self._detach(self._attachments.of_head(name.pool, name.volume))
             await asyncio.to_thread(
                 pool.snapshots.create,
                 name.volume,
@@ -241,7 +241,7 @@ class Receives:
 
     async def _abandon(self, pool: Pool, name: VolumeName) -> dict[str, Any]:
         record = self._record(name, None)
-        await self._detach(self._attachments.of(name.pool, name.volume))
+        await self._detach(self._attachments.of_head(name.pool, name.volume))
         if record.from_guid is None:
             if await asyncio.to_thread(_exists, pool, name.volume):
                 await asyncio.to_thread(pool.remove_volume, name.volume)

@@ -48,6 +48,7 @@ class SnapshotCalls:
         if self._daemon.stopping.is_set():
             raise BusyError(f"snapshot {name} is not taken: the daemon is stopping")
         pool = self._daemon.pool(name.pool)
+        self._daemon.receives.refuse(name.of)
         await asyncio.to_thread(
             pool.snapshots.create, name.volume, name.snapshot, quiesced=quiesced, guid=guid
         )
@@ -125,6 +126,7 @@ class SnapshotCalls:
         pool = self._daemon.pool(name.pool)
         row = await asyncio.to_thread(pool.catalog.volume, name.volume)
         async with self._daemon.jobs.paused(row.uuid), self._daemon.change:
+            self._daemon.receives.refuse(name.of)
             attached = self._daemon.attachments.of_head(name.pool, name.volume)
             if attached:
                 raise BusyError(
@@ -161,4 +163,5 @@ class SnapshotCalls:
         """Begins to make a clone independent of its origin; the job."""
         pool = self._daemon.pool(name.pool)
         async with self._daemon.change:
+            self._daemon.receives.refuse(name)
             return self._daemon.jobs.flatten(pool, name.volume).describe()
