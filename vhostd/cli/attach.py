@@ -9,13 +9,13 @@ import click
 
 from vhostd.cli.common import (
     State,
-    checked_volume,
+    checked_either,
     common,
     complete_volume,
     pass_state,
     show_size,
     show_table,
-    volume_argument,
+    volume_or_snapshot_argument,
 )
 from vhostd.config import DEFAULT_QUEUES, MAX_QUEUES
 from vhostd.errors import NotFoundError
@@ -25,7 +25,7 @@ __all__ = ["attach", "attachments", "detach", "qemu_args", "sessions"]
 
 
 @click.command()
-@volume_argument
+@volume_or_snapshot_argument
 @click.option(
     "--socket",
     type=click.Path(path_type=Path),
@@ -44,28 +44,31 @@ __all__ = ["attach", "attachments", "detach", "qemu_args", "sessions"]
 def attach(state: State, volume: str, socket: Path | None, queues: int, read_only: bool) -> None:
     """Offer a volume on a vhost-user socket. It is offered again after a restart of the daemon.
 
+    A snapshot is offered read-only, while its volume may be attached too.
+
     \b
     Examples:
       vhostctl attach fast/web1
+      vhostctl attach fast/web1@before-upgrade
       vhostctl attach fast/web1 --socket /run/vm/web1.sock
     """
     made = state.call(
         "attach",
-        volume=checked_volume(volume),
+        volume=checked_either(volume),
         socket=None if socket is None else str(socket.absolute()),
         queues=queues,
         read_only=read_only,
     )
-    state.show(made, f"volume {volume} is offered on {made['socket']}")
+    state.show(made, f"{_kind(volume)} {volume} is offered on {made['socket']}")
 
 
 @click.command()
-@volume_argument
+@volume_or_snapshot_argument
 @click.option("--socket", type=click.Path(path_type=Path), help="Only from this one.")
 @common
 @pass_state
 def detach(state: State, volume: str, socket: Path | None) -> None:
-    """Stop offering a volume. A guest that still uses it gets I/O errors or waits.
+    """Stop offering a volume or a snapshot. A guest that still uses it gets I/O errors or waits.
 
     \b
     Example:
@@ -73,10 +76,15 @@ def detach(state: State, volume: str, socket: Path | None) -> None:
     """
     gone = state.call(
         "detach",
-        volume=checked_volume(volume),
+        volume=checked_either(volume),
         socket=None if socket is None else str(socket.absolute()),
     )
-    state.show(gone, f"volume {volume} detached from " + ", ".join(a["socket"] for a in gone))
+    sockets = ", ".join(a["socket"] for a in gone)
+    state.show(gone, f"{_kind(volume)} {volume} detached from {sockets}")
+
+
+def _kind(name: str) -> str:
+    return "snapshot" if "@" in name else "volume"
 
 
 @click.command()
@@ -148,7 +156,11 @@ def sessions(state: State) -> None:
 
 @click.command("qemu-args")
 @click.argument(
-    "volumes", metavar="POOL/VOLUME...", nargs=-1, required=True, shell_complete=complete_volume
+    "volumes",
+    metavar="POOL/VOLUME[@SNAPSHOT]...",
+    nargs=-1,
+    required=True,
+    shell_complete=complete_volume,
 )
 @click.option("--memory", default="4G", show_default=True, help="Of the guest; it must be shared.")
 @click.option("--boot", is_flag=True, help="Boot from the first.")
@@ -162,11 +174,14 @@ def qemu_args(state: State, volumes: tuple[str, ...], memory: str, boot: bool) -
       eval qemu-system-x86_64 -accel kvm $(vhostctl qemu-args fast/web1 --boot)
     """
     sockets = []
-    for volume in map(checked_volume, volumes):
-        found = state.call("volume.info", volume=volume)["attachments"]
+    attached = state.call("attachments")
+    for volume in map(checked_either, volumes):
+        found = [a for a in attached if a["volume"] == volume]
         if not found:
+            if "@" not in volume:
+                state.call("volume.info", volume=volume)  # says if there is none at all
             raise NotFoundError(
-                f"volume {volume} is not attached; `vhostctl attach {volume}` first"
+                f"{_kind(volume)} {volume} is not attached; `vhostctl attach {volume}` first"
             )
         sockets.append(found[0]["socket"])
     arguments = qemu_arguments(sockets, memory=memory, boot=boot)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from click.shell_completion import CompletionItem
 from vhostd.api.client import Client
 from vhostd.config import default_api_socket
 from vhostd.errors import UsageError, VhostdError
-from vhostd.storage.names import parse_volume
+from vhostd.storage.names import parse_snapshot, parse_volume, parse_volume_or_snapshot
 from vhostd.storage.sizes import format_size, parse_size
 
 __all__ = [
@@ -142,9 +143,46 @@ def show_size(size_bytes: int) -> str:
     return format_size(size_bytes)
 
 
+def show_time(time_ns: int) -> str:
+    """`2026-11-21 14:05:09`, in the time zone of this process."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(time_ns / 1e9))
+
+
 def volume_argument(command: F) -> F:
     """Adds the argument POOL/VOLUME."""
     return click.argument("volume", metavar="POOL/VOLUME", shell_complete=complete_volume)(command)
+
+
+def snapshot_argument(command: F) -> F:
+    """Adds the argument POOL/VOLUME@SNAPSHOT."""
+    return click.argument("name", metavar="POOL/VOLUME@SNAPSHOT", shell_complete=complete_snapshot)(
+        command
+    )
+
+
+def volume_or_snapshot_argument(command: F) -> F:
+    """Adds the argument POOL/VOLUME[@SNAPSHOT]."""
+    return click.argument(
+        "volume", metavar="POOL/VOLUME[@SNAPSHOT]", shell_complete=complete_volume_or_snapshot
+    )(command)
+
+
+def checked_snapshot(text: str) -> str:
+    """`text` if it names a snapshot.
+
+    Raises:
+        UsageError: it does not.
+    """
+    return str(parse_snapshot(text))
+
+
+def checked_either(text: str) -> str:
+    """`text` if it names a volume or a snapshot.
+
+    Raises:
+        UsageError: it does neither.
+    """
+    return str(parse_volume_or_snapshot(text))
 
 
 def checked_volume(text: str) -> str:
@@ -183,6 +221,22 @@ def complete_volume(
 ) -> list[CompletionItem]:
     """Names of volumes, with their pools."""
     return _complete(context, "volume.list", incomplete)
+
+
+def complete_snapshot(
+    context: click.Context, _: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Names of snapshots, with their volumes."""
+    return _complete(context, "snapshot.list", incomplete)
+
+
+def complete_volume_or_snapshot(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Names of volumes and, once there is an @, of snapshots."""
+    if "@" in incomplete:
+        return complete_snapshot(context, parameter, incomplete)
+    return complete_volume(context, parameter, incomplete)
 
 
 # Ending

@@ -10,7 +10,8 @@ from vhostd.cli.attach import attach, attachments, detach, qemu_args, sessions
 from vhostd.cli.check import check
 from vhostd.cli.common import State, pass_state, run
 from vhostd.cli.pool import pool
-from vhostd.cli.service import checkpoint, completion, shutdown, stats, version
+from vhostd.cli.service import checkpoint, completion, jobs, shutdown, stats, version
+from vhostd.cli.snapshot import snapshot
 from vhostd.cli.transfer import export, import_
 from vhostd.cli.volume import volume
 
@@ -29,7 +30,7 @@ __all__ = ["main", "vhostctl"]
 @click.option("--json", "as_json", is_flag=True, help="Print JSON of a stable shape.")
 @pass_state
 def vhostctl(state: State, socket: Path | None, as_json: bool) -> None:
-    """Drive vhostd: pools, volumes, and the sockets virtual machines find them on.
+    """Drive vhostd: pools, volumes, snapshots, and the sockets virtual machines find them on.
 
     \b
     From nothing to a disk, with `vhostd serve` running:
@@ -52,6 +53,7 @@ def vhostctl(state: State, socket: Path | None, as_json: bool) -> None:
 for command in (
     pool,
     volume,
+    snapshot,
     attach,
     detach,
     attachments,
@@ -61,6 +63,7 @@ for command in (
     export,
     check,
     stats,
+    jobs,
     checkpoint,
     shutdown,
     version,

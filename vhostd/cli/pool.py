@@ -1,4 +1,4 @@
-"""`vhostctl pool`: create, open, close, list, info, destroy."""
+"""`vhostctl pool`: create, open, close, list, info, set, destroy."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vhostd.cli.common import (
     show_size,
     show_table,
 )
+from vhostd.cli.settings import parse_settings, percent, size_or_none
 from vhostd.errors import UsageError
 from vhostd.storage.names import check_name
 
@@ -106,13 +107,14 @@ def _table(pools: list[dict[str, Any]]) -> str:
         return "no pools; `vhostctl pool create NAME --device DIR` makes one"
     good = [p for p in pools if p["error"] is None]
     text = show_table(
-        ("NAME", "VOLUMES", "PROVISIONED", "USED", "FREE", "DEVICE"),
+        ("NAME", "STATUS", "VOLUMES", "PROVISIONED", "USED", "FREE", "DEVICE"),
         [
             (
                 p["name"],
+                p["status"],
                 p["volumes"],
                 show_size(p["provisioned_bytes"]),
-                show_size(p["used_bytes"]),
+                show_size(p["allocated_bytes"]),
                 show_size(p["free_bytes"]),
                 p["device"],
             )
@@ -143,14 +145,48 @@ def info(state: State, name: str) -> None:
                 ("uuid", p["uuid"]),
                 ("device", p["device"]),
                 ("volumes", f"{p['volumes']} ({p['volumes_open']} open)"),
-                ("provisioned", show_size(p["provisioned_bytes"])),
-                ("used", show_size(p["used_bytes"])),
+                (
+                    "status",
+                    f"{p['status']} ({p['used_percent']}% used, warns at {p['warn_percent']}%)",
+                ),
+                (
+                    "provisioned",
+                    f"{show_size(p['provisioned_bytes'])} "
+                    f"({p['overcommit_percent']}% of what there is)",
+                ),
+                ("used", show_size(p["allocated_bytes"])),
+                ("reserved", show_size(p["reserved_bytes"])),
+                ("quota", "none" if p["quota_bytes"] is None else show_size(p["quota_bytes"])),
                 ("free", f"{show_size(p['free_bytes'])} of {show_size(p['total_bytes'])}"),
                 ("segment size", show_size(p["segment_bytes"])),
                 ("segments without owner", p["segments_without_owner"]),
             ]
         ),
     )
+
+
+@pool.command("set")
+@click.argument("name", shell_complete=complete_pool)
+@click.argument("settings", metavar="KEY=VALUE...", nargs=-1, required=True)
+@common
+@pass_state
+def set_(state: State, name: str, settings: tuple[str, ...]) -> None:
+    """Change what a pool may take, and from when on it is warned.
+
+    \b
+    quota=SIZE|none  what all volumes together may take of the device
+    warn=PERCENT     of the device, or of the quota, from which on it is nearly full
+
+    \b
+    Example:
+      vhostctl pool set fast quota=500G warn=80%
+    """
+    changes = parse_settings(
+        settings, {"quota": ("quota_bytes", size_or_none), "warn": ("warn_percent", percent)}
+    )
+    p = state.call("pool.set", pool=name, **changes)
+    quota = "none" if p["quota_bytes"] is None else show_size(p["quota_bytes"])
+    state.show(p, f"pool {name}: quota {quota}, warns at {p['warn_percent']}%")
 
 
 @pool.command()

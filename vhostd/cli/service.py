@@ -1,6 +1,8 @@
-"""`vhostctl version`, `stats`, `checkpoint`, `shutdown`, `completion`."""
+"""`vhostctl version`, `stats`, `jobs`, `checkpoint`, `shutdown`, `completion`."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import click
 import msgspec
@@ -13,10 +15,12 @@ from vhostd.cli.common import (
     common,
     complete_volume,
     pass_state,
+    show_size,
+    show_table,
 )
 from vhostd.errors import UnavailableError
 
-__all__ = ["checkpoint", "completion", "shutdown", "stats", "version"]
+__all__ = ["checkpoint", "completion", "jobs", "shutdown", "stats", "version"]
 
 
 @click.command()
@@ -67,6 +71,41 @@ def checkpoint(state: State, volume: str | None) -> None:
     name = None if volume is None else checked_volume(volume)
     done = state.call("checkpoint", volume=name)
     state.show(done, "checkpointed: " + (", ".join(done) or "nothing had changed"))
+
+
+@click.command()
+@common
+@pass_state
+def jobs(state: State) -> None:
+    """List what is done in the background: space being freed, clones being flattened.
+
+    \b
+    Example:
+      vhostctl jobs
+    """
+    rows = state.call("job.list")
+    state.show(rows, lambda: _jobs_table(rows))
+
+
+def _jobs_table(rows: list[dict[str, Any]]) -> str:
+    if not rows:
+        return "nothing is done in the background"
+    return show_table(
+        ("ID", "WHAT", "VOLUME", "STATE", "DONE", "ERROR"),
+        [
+            (
+                row["id"],
+                row["kind"],
+                row["volume"],
+                row["state"],
+                f"{show_size(row['done_bytes'])} of {show_size(row['total_bytes'])}"
+                if row["total_bytes"]
+                else "-",
+                row["error"] or "-",
+            )
+            for row in rows
+        ],
+    )
 
 
 @click.command()

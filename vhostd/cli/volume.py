@@ -1,4 +1,5 @@
-"""`vhostctl volume`: create, list, info, resize, rename, remove."""
+"""`vhostctl volume`: create, list, info, usage, set, resize, rename, clone, flatten, children,
+remove."""
 
 from __future__ import annotations
 
@@ -17,6 +18,16 @@ from vhostd.cli.common import (
     show_size,
     show_table,
     volume_argument,
+)
+from vhostd.cli.volume_more import (
+    children,
+    clone,
+    flatten,
+    set_,
+    show_job,
+    show_limit,
+    space_fields,
+    usage,
 )
 
 __all__ = ["volume"]
@@ -81,12 +92,14 @@ def _table(volumes: list[dict[str, Any]]) -> str:
     if not volumes:
         return "no volumes; `vhostctl volume create POOL/VOLUME --size SIZE` makes one"
     return show_table(
-        ("NAME", "SIZE", "MAPPED", "STATE", "SOCKET"),
+        ("NAME", "SIZE", "MAPPED", "USED", "SNAPSHOTS", "STATE", "SOCKET"),
         [
             (
                 v["name"],
                 show_size(v["size_bytes"]),
                 show_size(v["mapped_bytes"]),
+                show_size(v["allocated_bytes"]),
+                v["snapshots"],
                 _state(v),
                 ", ".join(a["socket"] for a in v["attachments"]) or "-",
             )
@@ -125,13 +138,24 @@ def info(state: State, volume: str) -> None:
                 ("size", f"{show_size(v['size_bytes'])} ({v['size_bytes']} bytes)"),
                 ("logical block", f"{v['logical_block_bytes']} bytes"),
                 ("mapped", show_size(v["mapped_bytes"])),
-                ("used on the device", show_size(v["used_bytes"])),
+                *space_fields(v["space"]),
+                ("snapshots", _snapshots(v)),
+                *([("clone of", v["origin"])] if v["origin"] else []),
+                ("quota", show_limit(v["quota_bytes"])),
+                ("reservation", show_limit(v["reservation_bytes"])),
+                ("when full", v["on_full"]),
                 ("state", _state(v)),
+                *(("working", show_job(job)) for job in v["jobs"]),
                 *(("socket", a["socket"]) for a in v["attachments"]),
                 *(("error", a["error"]) for a in v["attachments"] if a["error"]),
             ]
         ),
     )
+
+
+def _snapshots(v: dict[str, Any]) -> str:
+    removing = v["snapshots_removing"]
+    return f"{v['snapshots']}" + (f", and {removing} whose space is being freed" * bool(removing))
 
 
 @volume.command()
@@ -170,14 +194,20 @@ def rename(state: State, volume: str, new_name: str) -> None:
 
 @volume.command()
 @volume_argument
+@click.option("--snapshots", is_flag=True, help="Even if it has snapshots: they are removed too.")
 @common
 @pass_state
-def remove(state: State, volume: str) -> None:
-    """Remove a volume and its data, for good. It must be detached.
+def remove(state: State, volume: str, snapshots: bool) -> None:
+    """Remove a volume and its data, for good. It must be detached, and have no clones.
 
     \b
-    Example:
+    Examples:
       vhostctl volume remove fast/web1
+      vhostctl volume remove fast/web1 --snapshots
     """
-    state.call("volume.remove", volume=checked_volume(volume))
+    state.call("volume.remove", volume=checked_volume(volume), snapshots=snapshots)
     state.show({"volume": volume, "removed": True}, f"volume {volume} removed")
+
+
+for command in (usage, set_, clone, flatten, children):
+    volume.add_command(command)

@@ -107,14 +107,12 @@ class Space:
         # Counts and files are not of one moment while guests write.
         live_bytes = min(live_bytes, allocated_bytes)
         dead_bytes = min(dead_bytes, allocated_bytes - live_bytes)
-        snapshots = [s for s in pool.catalog.snapshots.of(row.uuid) if s.state != "removing"]
         return {
             "allocated_bytes": allocated_bytes,
             "live_bytes": live_bytes,
             "dead_bytes": dead_bytes,
             "metadata_bytes": allocated_bytes - live_bytes - dead_bytes,
             "punched_bytes": sums.punched_blocks * BLOCK_BYTES,
-            "snapshots": len(snapshots),
         }
 
     def _punched_data(self, uuid: UUID) -> int:
