@@ -362,10 +362,8 @@ class Pool:
         )
 
     def _snapshot_arguments(self, row: VolumeRow) -> dict[str, Any]:
-        if not _knows_snapshots(self.engine):
-            return {}
         rooted = [s.position for s in self.catalog.snapshots.of(row.uuid) if s.root is not None]
-        return {
+        arguments = {
             "parent": self.catalog.snapshots.head_parent(row.uuid),
             "newest_snapshot": max(rooted, default=0),
             "state_note": state_note(self.catalog, row.uuid),
@@ -373,6 +371,7 @@ class Pool:
             "limit_bytes": row.quota_bytes,
             "pause_when_full": row.on_full == "pause",
         }
+        return _known(self.engine, arguments)
 
     def _report_recovery(self, row: VolumeRow, epoch: int, recovered: dict[str, Any]) -> None:
         counts = {
@@ -667,6 +666,8 @@ class Pool:
                 self.device.close()
 
 
-def _knows_snapshots(engine: Engine) -> bool:
+def _known(engine: Engine, arguments: dict[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(engine.open_volume).parameters
-    return "newest_snapshot" in parameters or "arguments" in parameters
+    if "arguments" in parameters:
+        return arguments
+    return {name: value for name, value in arguments.items() if name in parameters}
