@@ -17,6 +17,9 @@ pub const ADDRESS_BLOCK_BITS: u32 = 13;
 pub const MAX_SEGMENT_BYTES: u64 = (BLOCK_BYTES as u64) << ADDRESS_BLOCK_BITS;
 /// Smallest segment a pool may be made with; small ones are for tests.
 pub const MIN_SEGMENT_BYTES: u64 = 1 << 20;
+/// Smallest segment that headers, records and footers can be laid out in. Below what any pool has, so
+/// that the simulator can fill segments with a few writes.
+pub const LEAST_LAYOUT_BYTES: u64 = 64 << 10;
 /// Largest volume: 64 TiB.
 pub const MAX_VOLUME_BYTES: u64 = 64 << 40;
 

@@ -4,7 +4,7 @@ use super::{
     FormatError, VERSION, array, check_block, checksum_without, get_u16, get_u32, get_u64, put,
 };
 use crate::types::{
-    ADDRESS_BLOCK_BITS, BLOCK_BYTES, Epoch, MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, SegmentNumber,
+    ADDRESS_BLOCK_BITS, BLOCK_BYTES, Epoch, LEAST_LAYOUT_BYTES, MAX_SEGMENT_BYTES, SegmentNumber,
     Uuid,
 };
 
@@ -90,7 +90,7 @@ impl SegmentHeader {
         }
         let segment_bytes = get_u64(block, 56);
         if !segment_bytes.is_power_of_two()
-            || !(MIN_SEGMENT_BYTES..=MAX_SEGMENT_BYTES).contains(&segment_bytes)
+            || !(LEAST_LAYOUT_BYTES..=MAX_SEGMENT_BYTES).contains(&segment_bytes)
         {
             return Err(wrong("segment_bytes"));
         }

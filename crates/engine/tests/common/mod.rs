@@ -2,8 +2,12 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod history;
+
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -55,6 +59,8 @@ pub struct Catalog {
     pub epoch: Epoch,
     pub size_bytes: u64,
     pub next_number: u64,
+    /// Tells the states of the catalog apart.
+    pub commits: u64,
 }
 
 impl Catalog {
@@ -66,10 +72,12 @@ impl Catalog {
             epoch: Epoch(0),
             size_bytes,
             next_number: 1,
+            commits: 0,
         }
     }
 
     pub fn commit(&mut self, result: &CheckpointResult) {
+        self.commits += 1;
         self.checkpoint = result.state;
         self.mapped_blocks = result.mapped_blocks;
         for row in &result.changed {
@@ -90,6 +98,8 @@ pub struct Setup {
     pub map_bytes: usize,
     pub checkpoint_log_bytes: u64,
     pub staging_path: PathBuf,
+    /// Gets each state of the catalog as it is committed.
+    pub mirror: Option<Rc<RefCell<Catalog>>>,
 }
 
 impl Setup {
@@ -101,6 +111,13 @@ impl Setup {
             map_bytes: 1 << 20,
             checkpoint_log_bytes: 4 << 20,
             staging_path,
+            mirror: None,
+        }
+    }
+
+    fn publish(&self, catalog: &Catalog) {
+        if let Some(mirror) = &self.mirror {
+            mirror.borrow_mut().clone_from(catalog);
         }
     }
 }
@@ -115,6 +132,7 @@ pub struct Harness<'a> {
     pub events: Vec<VolumeEvent>,
     pub clock_ns: u64,
     pub finished: Vec<Finished>,
+    setup: Setup,
     next_id: u64,
 }
 
@@ -135,6 +153,7 @@ impl<'a> Harness<'a> {
             .expect("a fresh table takes any grant");
         let previous_epoch = catalog.epoch;
         catalog.epoch = previous_epoch.plus(1);
+        setup.publish(&catalog);
         let spec = VolumeSpec {
             device: DeviceId(0),
             pool: POOL,
@@ -175,6 +194,7 @@ impl<'a> Harness<'a> {
             events: Vec::new(),
             clock_ns: 1,
             finished: Vec::new(),
+            setup: setup.clone(),
             next_id: 0,
         })
     }
@@ -283,10 +303,16 @@ impl<'a> Harness<'a> {
                 break result?;
             }
         };
-        self.catalog.commit(&result);
+        self.commit(&result);
         self.volume.checkpoint_committed(result.id);
         self.settle();
         Ok(result)
+    }
+
+    /// Puts a checkpoint into the catalog.
+    pub fn commit(&mut self, result: &CheckpointResult) {
+        self.catalog.commit(result);
+        self.setup.publish(&self.catalog);
     }
 
     /// Takes turns until nothing is in flight.
@@ -307,7 +333,7 @@ impl<'a> Harness<'a> {
             }
         };
         if let Some(result) = result {
-            self.catalog.commit(&result);
+            self.commit(&result);
             self.volume.checkpoint_committed(result.id);
         }
         while !self.volume.is_closed() {

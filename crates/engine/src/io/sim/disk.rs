@@ -41,12 +41,12 @@ pub struct SimDisk {
 #[derive(Debug)]
 pub(super) struct State {
     rng: SimRng,
-    segments: BTreeMap<SegmentNumber, Segment>,
+    pub(super) segments: BTreeMap<SegmentNumber, Segment>,
     /// Removed, but after a crash they may be back.
-    removed: BTreeMap<SegmentNumber, Segment>,
-    in_flight: Vec<InFlight>,
+    pub(super) removed: BTreeMap<SegmentNumber, Segment>,
+    pub(super) in_flight: Vec<InFlight>,
     next_op: u64,
-    next_change: u64,
+    pub(super) next_change: u64,
     rules: Vec<FaultRule>,
     /// Operations of these kinds do not complete.
     held: Vec<OpKind>,
@@ -56,22 +56,22 @@ pub(super) struct State {
 }
 
 #[derive(Clone, Debug, Default)]
-struct Segment {
-    current: Content,
-    durable: Content,
-    unsynced: Vec<Change>,
+pub(super) struct Segment {
+    pub(super) current: Content,
+    pub(super) durable: Content,
+    pub(super) unsynced: Vec<Change>,
     /// Sectors that have space, written or reserved.
     allocated: BTreeSet<u64>,
 }
 
 #[derive(Clone, Debug)]
-struct InFlight {
-    id: u64,
+pub(super) struct InFlight {
+    pub(super) id: u64,
     /// Which SimIo has submitted it; only that one may complete it.
     owner: u64,
     token: Token,
-    segment: SegmentNumber,
-    op: SimOp,
+    pub(super) segment: SegmentNumber,
+    pub(super) op: SimOp,
     /// Memory of the submitter, of a read or a write.
     bufs: Vec<IoBuf>,
     fault: Option<Fault>,
@@ -97,7 +97,7 @@ impl SimDisk {
         })
     }
 
-    fn from_state(state: State) -> Self {
+    pub(super) fn from_state(state: State) -> Self {
         Self {
             state: Arc::new(Mutex::new(state)),
         }
@@ -249,7 +249,14 @@ impl SimDisk {
 }
 
 impl Segment {
-    fn change(&mut self, changes: impl IntoIterator<Item = Change>) {
+    pub(super) fn of(current: Content) -> Self {
+        Self {
+            current,
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn change(&mut self, changes: impl IntoIterator<Item = Change>) {
         for change in changes {
             self.current.apply(&change);
             self.unsynced.push(change);
@@ -261,14 +268,11 @@ impl Segment {
         for change in &self.unsynced {
             current.apply_with(change, luck, rng);
         }
-        Self {
-            current,
-            ..Self::default()
-        }
+        Self::of(current)
     }
 
     /// What is there is durable.
-    fn settle(&mut self) {
+    pub(super) fn settle(&mut self) {
         self.durable = self.current.clone();
         self.unsynced.clear();
         self.allocated = self.current.sectors().collect();
@@ -299,7 +303,7 @@ impl Segment {
 }
 
 impl State {
-    fn restarted(
+    pub(super) fn restarted(
         rng: SimRng,
         segments: BTreeMap<SegmentNumber, Segment>,
         next_change: u64,
@@ -465,7 +469,7 @@ impl State {
         Ok(0)
     }
 
-    fn remove(&mut self, number: SegmentNumber) {
+    pub(super) fn remove(&mut self, number: SegmentNumber) {
         if let Some(segment) = self.segments.remove(&number) {
             give_back(&mut self.free_bytes, segment.allocated.len());
             self.removed.insert(number, segment);

@@ -9,6 +9,7 @@
 
 mod content;
 mod disk;
+mod enumerate;
 mod fault;
 mod rng;
 
@@ -17,6 +18,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 pub use disk::{CrashMode, SimDisk};
+pub use enumerate::Undecided;
 pub use fault::{Fault, FaultRule, OpKind, SimEvent, SimOp, When};
 pub use rng::SimRng;
 
@@ -35,6 +37,7 @@ pub struct SimIo {
     ready: Vec<Completion>,
     /// With the disks, not completed.
     submitted: usize,
+    one_at_a_time: bool,
 }
 
 impl SimIo {
@@ -47,7 +50,14 @@ impl SimIo {
             disks: Vec::new(),
             ready: Vec::new(),
             submitted: 0,
+            one_at_a_time: false,
         }
+    }
+
+    /// From now on `poll` and `wait` complete exactly one operation, if any can: no state of the disk
+    /// is passed over between two calls.
+    pub fn complete_one_at_a_time(&mut self) {
+        self.one_at_a_time = true;
     }
 
     /// Registers a disk; operations on `id` go to it from now on.
@@ -94,9 +104,11 @@ impl Io for SimIo {
         }
     }
 
-    /// Completes some of what is in flight: none, all, or any number between.
+    /// Completes some of what is in flight: none, all, or any number between (or one, if so told).
     fn poll(&mut self, out: &mut Vec<Completion>) {
-        if self.submitted > 0 {
+        if self.one_at_a_time {
+            self.complete_one();
+        } else if self.submitted > 0 {
             let count = self.rng.below(self.submitted as u64 + 1);
             for _ in 0..count {
                 if !self.complete_one() {

@@ -1,0 +1,526 @@
+//! Every crash in every short sequence of operations on a small volume with tiny segments.
+//!
+//! A sequence runs on the simulated disk, one completion at a time. Before each completion, the disk is
+//! as some prefix of its operations left it; what no sync has covered there, and what is in flight, a
+//! loss of power may have left done or not, item by item (blocks of writes, creations, removals,
+//! releases), and the death of the daemon only what is in flight. Each such disk, up to a bound a point,
+//! is opened and must hold what `common::history` says. Crashes inside of recovery are among them,
+//! since sequences open the volume again.
+//!
+//! The crash points of a sequence's beginning are those of a shorter sequence, so only its last
+//! operation is looked at. `VHOSTD_ENUMERATE=long` tries more subsets a point, and longer sequences;
+//! `VHOSTD_SEQUENCE=…` runs one, by the letters that a failure prints.
+
+#![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
+
+mod common;
+
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::rc::Rc;
+use std::time::Duration;
+
+use common::history::{History, State, stamp_of, stamped};
+use common::{Catalog, Harness, Rng, SECTOR, Setup};
+use vhostd_engine::io::sim::{SimDisk, SimIo, Undecided};
+use vhostd_engine::io::{Completion, DeviceId, Io, Op, Target, Token};
+
+const BLOCKS: u64 = 16;
+const VOLUME_BYTES: u64 = BLOCKS * 4096;
+const SECTORS: usize = (VOLUME_BYTES / SECTOR) as usize;
+/// Header, a few records, footer: a sequence of three fills and seals some.
+const SEGMENT_BYTES: u64 = 64 << 10;
+const PIECE_BLOCKS: u64 = SEGMENT_BYTES / 4 / 4096;
+
+/// What sequences are made of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Action {
+    /// Five blocks: two records.
+    Write,
+    /// Sectors of two blocks, both in part.
+    WritePart,
+    Discard,
+    /// Sectors of three blocks, two of them in part.
+    WriteZeroes,
+    Flush,
+    Checkpoint,
+    /// A clean close, and recovery.
+    Reopen,
+    /// The daemon dies, and the next one recovers.
+    Die,
+}
+
+impl Action {
+    const ALL: [(char, Self); 8] = [
+        ('w', Self::Write),
+        ('p', Self::WritePart),
+        ('d', Self::Discard),
+        ('z', Self::WriteZeroes),
+        ('f', Self::Flush),
+        ('c', Self::Checkpoint),
+        ('o', Self::Reopen),
+        ('k', Self::Die),
+    ];
+
+    fn letter(self) -> char {
+        let found = Self::ALL.iter().find(|(_, action)| *action == self);
+        found.map_or('?', |(letter, _)| *letter)
+    }
+
+    fn parse(letters: &str) -> Vec<Self> {
+        letters
+            .chars()
+            .filter_map(|c| Self::ALL.iter().find(|(letter, _)| *letter == c))
+            .map(|(_, action)| *action)
+            .collect()
+    }
+}
+
+fn spell(actions: &[Action]) -> String {
+    actions.iter().map(|action| action.letter()).collect()
+}
+
+/// How much is tried.
+#[derive(Clone, Copy, Debug)]
+struct Bounds {
+    /// Subsets of what is undecided at a point: all of them if they are not more.
+    power_losses: usize,
+    deaths: usize,
+    /// One recovered volume in so many is crashed again, and goes on.
+    again_every: u64,
+}
+
+impl Bounds {
+    const SHORT: Self = Self {
+        power_losses: 8,
+        deaths: 2,
+        again_every: 8,
+    };
+    const LONG: Self = Self {
+        power_losses: 256,
+        deaths: 16,
+        again_every: 1,
+    };
+}
+
+/// Which of `items` are done, for each case to be tried: all subsets, or if they are too many none, all,
+/// each prefix, all but one, one alone, and random ones up to the bound.
+fn subsets(count: usize, most: usize, rng: &mut Rng) -> Vec<Vec<bool>> {
+    if count < usize::BITS as usize - 1 && 1 << count <= most {
+        let all = 0..1_usize << count;
+        return all
+            .map(|bits| (0..count).map(|i| bits >> i & 1 == 1).collect())
+            .collect();
+    }
+    let mut chosen = vec![vec![false; count], vec![true; count]];
+    let mut some: Vec<Vec<bool>> = Vec::new();
+    for i in 0..count {
+        some.push((0..count).map(|j| j < i).collect());
+        some.push((0..count).map(|j| j != i).collect());
+        some.push((0..count).map(|j| j == i).collect());
+    }
+    while chosen.len() < most && !some.is_empty() {
+        let at = rng.below(some.len() as u64) as usize;
+        chosen.push(some.swap_remove(at));
+    }
+    while chosen.len() < most {
+        chosen.push((0..count).map(|_| rng.chance(2)).collect());
+    }
+    chosen
+}
+
+/// Tries the crashes at each moment that it is shown.
+struct Explorer {
+    disk: SimDisk,
+    setup: Setup,
+    catalog: Rc<RefCell<Catalog>>,
+    history: History,
+    /// Off while the beginning of a sequence runs.
+    on: bool,
+    bounds: Bounds,
+    rng: Rng,
+    seen: HashSet<u64>,
+    cases: u64,
+    points: u64,
+    what: String,
+}
+
+impl Explorer {
+    fn look(&mut self) {
+        if !self.on {
+            return;
+        }
+        let catalog = self.catalog.borrow().clone();
+        let version = (catalog.epoch.0, catalog.commits);
+        let items = self.disk.undecided();
+        let promised = (self.history.flushed, &items, version);
+        if self.seen.insert(hash(&(0, promised))) {
+            self.points += 1;
+            for chosen in subsets(items.len(), self.bounds.power_losses, &mut self.rng) {
+                let after = self.disk.crash_with(&chooser(&items, &chosen));
+                let least = self.history.flushed;
+                self.try_one(after, &catalog, least, None, &chosen);
+            }
+        }
+        let changes = (self.history.acknowledged, self.history.changes.len());
+        if self.seen.insert(hash(&(1, changes, &items, version))) {
+            self.points += 1;
+            let staged = std::fs::read(&self.setup.staging_path).ok();
+            let items = self.disk.in_flight_parts();
+            for chosen in subsets(items.len(), self.bounds.deaths, &mut self.rng) {
+                let after = self.disk.kill_with(&chooser(&items, &chosen));
+                let least = self.history.acknowledged;
+                self.try_one(after, &catalog, least, staged.as_deref(), &chosen);
+            }
+        }
+    }
+
+    /// Opens what a crash has left.
+    fn try_one(
+        &mut self,
+        after: SimDisk,
+        catalog: &Catalog,
+        least: usize,
+        staged: Option<&[u8]>,
+        chosen: &[bool],
+    ) {
+        self.cases += 1;
+        let again = self.cases.is_multiple_of(self.bounds.again_every);
+        let result = self.open_and_check(after, catalog, least, staged, again);
+        if let Err(what) = result {
+            let how = if staged.is_some() {
+                "death"
+            } else {
+                "power loss"
+            };
+            panic!(
+                "{}: crash {} ({how}, done: {chosen:?}): {what}",
+                self.what, self.cases
+            );
+        }
+    }
+
+    fn open_and_check(
+        &mut self,
+        disk: SimDisk,
+        catalog: &Catalog,
+        least: usize,
+        staged: Option<&[u8]>,
+        again: bool,
+    ) -> Result<(), String> {
+        let mut setup = self.setup.clone();
+        setup.mirror = None;
+        setup.staging_path.set_extension("after");
+        match staged {
+            Some(bytes) => std::fs::write(&setup.staging_path, bytes).unwrap(),
+            None => drop(std::fs::remove_file(&setup.staging_path)),
+        }
+        let (found, catalog) = recovered(&disk, &setup, catalog.clone(), None)?;
+        self.history.check(&found, least, &[])?;
+        if !again {
+            return Ok(());
+        }
+        // Recovery has decided for good: what it saw is what is seen after a loss of power right behind
+        // it, and what is written and flushed then is kept.
+        let disk = disk.crash_with(&|_| false);
+        let _ = std::fs::remove_file(&setup.staging_path);
+        let next = stamped(0, 8, 999);
+        let (same, catalog) = recovered(&disk, &setup, catalog, Some(&next))?;
+        if same != found {
+            return Err("a second recovery found something else".into());
+        }
+        let disk = disk.crash_with(&|_| false);
+        let _ = std::fs::remove_file(&setup.staging_path);
+        let (mut last, _) = recovered(&disk, &setup, catalog, None)?;
+        let written = last.splice(..8, found[..8].iter().copied());
+        if written.collect::<Vec<_>>() != [999; 8] || last != found {
+            return Err("a write flushed after recovery was lost, or did harm".into());
+        }
+        Ok(())
+    }
+}
+
+fn chooser(items: &[Undecided], chosen: &[bool]) -> impl Fn(Undecided) -> bool {
+    let done: HashSet<Undecided> = items
+        .iter()
+        .zip(chosen)
+        .filter(|(_, chosen)| **chosen)
+        .map(|(item, _)| *item)
+        .collect();
+    move |item| done.contains(&item)
+}
+
+fn hash(what: &impl Hash) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    what.hash(&mut hasher);
+    hasher.finish()
+}
+
+/// Opens the volume, reads all of it, perhaps writes and flushes a block, and leaves it as a crash would.
+fn recovered(
+    disk: &SimDisk,
+    setup: &Setup,
+    catalog: Catalog,
+    write: Option<&[u8]>,
+) -> Result<(State, Catalog), String> {
+    let mut io = SimIo::new(1);
+    io.add_device(DeviceId(0), disk.clone());
+    let mut harness = Harness::open(&mut io, setup, catalog, &disk.list())
+        .map_err(|error| format!("recovery: {error}"))?;
+    if !harness.recovery.warnings.is_empty() {
+        return Err(format!("recovery: {:?}", harness.recovery.warnings));
+    }
+    let found = read_state(&mut harness)?;
+    let stats = harness.volume.stats();
+    if stats.space.live_blocks != stats.mapped_blocks {
+        return Err(format!(
+            "{} blocks are counted live, {} are mapped",
+            stats.space.live_blocks, stats.mapped_blocks
+        ));
+    }
+    if let Some(bytes) = write {
+        let done = harness.write(0, bytes).and_then(|()| harness.flush());
+        done.map_err(|why| format!("a write after recovery failed: {why:?}"))?;
+    }
+    let catalog = harness.catalog.clone();
+    let volume = harness.volume;
+    drop(io);
+    drop(volume);
+    Ok((found, catalog))
+}
+
+fn read_state(harness: &mut Harness<'_>) -> Result<State, String> {
+    let bytes = harness
+        .read(0, VOLUME_BYTES as usize)
+        .map_err(|why| format!("reading: {why:?}"))?;
+    let sectors = bytes.chunks_exact(SECTOR as usize).enumerate();
+    sectors
+        .map(|(i, bytes)| stamp_of(i as u64, bytes).ok_or(format!("sector {i} is torn")))
+        .collect()
+}
+
+/// Shows each state of the disk to the explorer before it changes.
+struct Watched {
+    io: SimIo,
+    explorer: Rc<RefCell<Explorer>>,
+}
+
+impl Watched {
+    fn new(seed: u64, disk: SimDisk, explorer: Rc<RefCell<Explorer>>) -> Self {
+        let mut io = SimIo::new(seed);
+        io.complete_one_at_a_time();
+        io.add_device(DeviceId(0), disk);
+        Self { io, explorer }
+    }
+}
+
+impl Io for Watched {
+    fn submit(&mut self, token: Token, target: Target, op: Op) {
+        self.io.submit(token, target, op);
+    }
+
+    fn poll(&mut self, out: &mut Vec<Completion>) {
+        self.explorer.borrow_mut().look();
+        self.io.poll(out);
+    }
+
+    fn wait(&mut self, timeout: Option<Duration>, out: &mut Vec<Completion>) {
+        self.explorer.borrow_mut().look();
+        self.io.wait(timeout, out);
+    }
+
+    fn in_flight(&self) -> usize {
+        self.io.in_flight()
+    }
+}
+
+/// Runs one sequence, and tries the crashes in its last action.
+struct Run<'a> {
+    actions: &'a [Action],
+    next: usize,
+    stamp: u64,
+    explorer: Rc<RefCell<Explorer>>,
+}
+
+impl Run<'_> {
+    fn all(mut self) -> (u64, u64) {
+        let mut disk = self.explorer.borrow().disk.clone();
+        let mut life = 0;
+        let mut catalog = Catalog::new(VOLUME_BYTES);
+        loop {
+            life += 1;
+            self.explorer.borrow_mut().disk = disk.clone();
+            let setup = self.explorer.borrow().setup.clone();
+            let mut io = Watched::new(life, disk.clone(), Rc::clone(&self.explorer));
+            let mut harness = Harness::open(&mut io, &setup, catalog, &disk.list()).unwrap();
+            let Some(end) = self.live(&mut harness) else {
+                let volume = harness.volume;
+                drop(io);
+                drop(volume);
+                break;
+            };
+            if end == Action::Reopen {
+                catalog = harness.close().unwrap();
+                let mut explorer = self.explorer.borrow_mut();
+                // Closing has flushed.
+                explorer.history.flushed = explorer.history.changes.len();
+            } else {
+                catalog = harness.catalog.clone();
+                let volume = harness.volume;
+                disk = disk.kill(life);
+                drop(io);
+                drop(volume);
+            }
+        }
+        let explorer = self.explorer.borrow();
+        let _ = std::fs::remove_file(&explorer.setup.staging_path);
+        (explorer.cases, explorer.points)
+    }
+
+    /// Until the volume has to be opened again, or (`None`) the sequence is over.
+    fn live(&mut self, harness: &mut Harness<'_>) -> Option<Action> {
+        while self.next < self.actions.len() {
+            let action = self.actions[self.next];
+            self.next += 1;
+            self.explorer.borrow_mut().on = self.next == self.actions.len();
+            match action {
+                Action::Reopen | Action::Die => return Some(action),
+                _ => self.act(harness, action),
+            }
+            self.explorer.borrow_mut().look();
+        }
+        None
+    }
+
+    fn act(&mut self, harness: &mut Harness<'_>, action: Action) {
+        self.stamp += 1;
+        let stamp = self.stamp;
+        // Later actions overwrite a part of what earlier ones wrote.
+        let shift = (stamp - 1) % 3 * 8;
+        match action {
+            Action::Write => self.write(harness, shift, shift + 40, stamp),
+            Action::WritePart => self.write(harness, shift + 13, shift + 19, stamp),
+            Action::Discard => self.unmap(harness, shift + 8, shift + 24, false),
+            Action::WriteZeroes => self.unmap(harness, shift + 4, shift + 20, true),
+            Action::Flush => {
+                let covered = self.explorer.borrow().history.acknowledged;
+                harness.flush().unwrap();
+                self.explorer.borrow_mut().history.flushed = covered;
+            }
+            Action::Checkpoint => drop(harness.checkpoint().unwrap()),
+            Action::Reopen | Action::Die => unreachable!("ends the volume's life"),
+        }
+    }
+
+    fn write(&mut self, harness: &mut Harness<'_>, from: u64, to: u64, stamp: u64) {
+        let history = |run: &Self| run.explorer.clone();
+        let add = |e: &mut Explorer| e.history.write(from, to, stamp, PIECE_BLOCKS);
+        add(&mut history(self).borrow_mut());
+        harness
+            .write(from * SECTOR, &stamped(from, to, stamp))
+            .unwrap();
+        self.acknowledge();
+    }
+
+    fn unmap(&mut self, harness: &mut Harness<'_>, from: u64, to: u64, exact: bool) {
+        self.explorer.borrow_mut().history.unmap(from, to, exact);
+        let (offset, len) = (from * SECTOR, (to - from) * SECTOR);
+        harness.unmap(offset, len, exact).unwrap();
+        self.acknowledge();
+    }
+
+    fn acknowledge(&mut self) {
+        let history = &mut self.explorer.borrow_mut().history;
+        history.acknowledged = history.changes.len();
+    }
+}
+
+fn explore(actions: &[Action], bounds: Bounds, scratch: &Path) -> (u64, u64) {
+    let catalog = Rc::new(RefCell::new(Catalog::new(VOLUME_BYTES)));
+    let mut setup = Setup::small(scratch.join("staging"));
+    setup.size_bytes = VOLUME_BYTES;
+    setup.segment_bytes = SEGMENT_BYTES;
+    setup.checkpoint_log_bytes = u64::MAX;
+    setup.mirror = Some(Rc::clone(&catalog));
+    let what = format!("VHOSTD_SEQUENCE={}", spell(actions));
+    let explorer = Explorer {
+        disk: SimDisk::new(1),
+        setup,
+        catalog,
+        history: History::new(vec![0; SECTORS]),
+        on: false,
+        bounds,
+        rng: Rng::new(hash(&what)),
+        seen: HashSet::new(),
+        cases: 0,
+        points: 0,
+        what,
+    };
+    let run = Run {
+        actions,
+        next: 0,
+        stamp: 0,
+        explorer: Rc::new(RefCell::new(explorer)),
+    };
+    run.all()
+}
+
+/// All sequences of `length` actions.
+fn sequences(length: u32) -> impl Iterator<Item = Vec<Action>> {
+    let count = Action::ALL.len();
+    (0..count.pow(length)).map(move |mut number| {
+        (0..length)
+            .map(|_| {
+                let action = Action::ALL[number % count].1;
+                number /= count;
+                action
+            })
+            .collect()
+    })
+}
+
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Self {
+        // Memory, where there is some: the staging files are on tmpfs in production as well.
+        let base = Path::new("/dev/shm");
+        let temporary = std::env::temp_dir();
+        let base = if base.is_dir() { base } else { &temporary };
+        let path = base.join(format!("vhostd-enumerate-{}", std::process::id()));
+        std::fs::create_dir_all(&path).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}
+
+#[test]
+fn every_crash_of_every_short_sequence_leaves_a_prefix_with_all_that_was_promised() {
+    let scratch = Scratch::new();
+    let long = std::env::var("VHOSTD_ENUMERATE").is_ok_and(|mode| mode == "long");
+    let bounds = if long { Bounds::LONG } else { Bounds::SHORT };
+    let one = std::env::var("VHOSTD_SEQUENCE").ok();
+    let (mut sequence_count, mut cases, mut points) = (0_u64, 0, 0);
+    let mut run = |actions: &[Action]| {
+        let done = explore(actions, bounds, &scratch.0);
+        sequence_count += 1;
+        cases += done.0;
+        points += done.1;
+    };
+    match one {
+        Some(letters) => run(&Action::parse(&letters)),
+        None => {
+            for length in 1..=3 {
+                sequences(length).for_each(|actions| run(&actions));
+            }
+        }
+    }
+    println!("{sequence_count} sequences, {points} points, {cases} crashes");
+}
