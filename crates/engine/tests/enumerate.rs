@@ -20,6 +20,7 @@ use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::history::{History, State, stamp_of, stamped};
@@ -135,7 +136,7 @@ fn subsets(count: usize, most: usize, rng: &mut Rng) -> Vec<Vec<bool>> {
 struct Explorer {
     disk: SimDisk,
     setup: Setup,
-    catalog: Rc<RefCell<Catalog>>,
+    catalog: Arc<Mutex<Catalog>>,
     history: History,
     /// Off while the beginning of a sequence runs.
     on: bool,
@@ -152,7 +153,7 @@ impl Explorer {
         if !self.on {
             return;
         }
-        let catalog = self.catalog.borrow().clone();
+        let catalog = self.catalog.lock().unwrap().clone();
         let version = (catalog.epoch.0, catalog.commits);
         let items = self.disk.undecided();
         let promised = (self.history.flushed, &items, version);
@@ -438,12 +439,12 @@ impl Run<'_> {
 }
 
 fn explore(actions: &[Action], bounds: Bounds, scratch: &Path) -> (u64, u64) {
-    let catalog = Rc::new(RefCell::new(Catalog::new(VOLUME_BYTES)));
+    let catalog = Arc::new(Mutex::new(Catalog::new(VOLUME_BYTES)));
     let mut setup = Setup::small(scratch.join("staging"));
     setup.size_bytes = VOLUME_BYTES;
     setup.segment_bytes = SEGMENT_BYTES;
     setup.checkpoint_log_bytes = u64::MAX;
-    setup.mirror = Some(Rc::clone(&catalog));
+    setup.mirror = Some(Arc::clone(&catalog));
     let what = format!("VHOSTD_SEQUENCE={}", spell(actions));
     let explorer = Explorer {
         disk: SimDisk::new(1),

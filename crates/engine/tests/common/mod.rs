@@ -4,11 +4,9 @@
 
 pub mod history;
 
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use vhostd_engine::device::SegmentNumbers;
@@ -99,7 +97,7 @@ pub struct Setup {
     pub checkpoint_log_bytes: u64,
     pub staging_path: PathBuf,
     /// Gets each state of the catalog as it is committed.
-    pub mirror: Option<Rc<RefCell<Catalog>>>,
+    pub mirror: Option<Arc<Mutex<Catalog>>>,
 }
 
 impl Setup {
@@ -117,7 +115,7 @@ impl Setup {
 
     fn publish(&self, catalog: &Catalog) {
         if let Some(mirror) = &self.mirror {
-            mirror.borrow_mut().clone_from(catalog);
+            mirror.lock().expect("one thread").clone_from(catalog);
         }
     }
 }

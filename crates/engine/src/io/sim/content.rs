@@ -148,6 +148,10 @@ impl Content {
         }
     }
 
+    pub(super) fn has(&self, sector: u64) -> bool {
+        self.sectors.contains_key(&sector)
+    }
+
     /// The sectors that take space.
     pub(super) fn sectors(&self) -> impl Iterator<Item = u64> + '_ {
         self.sectors.keys().copied()

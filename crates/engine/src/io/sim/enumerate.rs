@@ -5,7 +5,7 @@
 //! directory. Since any set of them may be chosen, this covers all reorderings of what no sync has
 //! ordered, and writes torn at block boundaries; [`super::CrashMode::Random`] tears blocks, too.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::content::{Change, released, written};
 use super::disk::{Segment, State};
@@ -36,16 +36,18 @@ impl SimDisk {
         let gone = gone.filter(|number| !state.segments.contains_key(number));
         items.extend(gone.map(|&number| Undecided::Removal(number)));
         for segment in state.segments.values() {
-            items.extend(segment.unsynced.iter().map(|c| Undecided::Change(c.id)));
+            items.extend(segment.undecided().map(Undecided::Change));
         }
-        items.extend(state.in_flight.iter().flat_map(parts));
+        items.extend(state.in_flight.iter().flat_map(|op| state.parts(op)));
         items
     }
 
     /// What the death of the process now would decide: operations in flight only.
     #[must_use]
     pub fn in_flight_parts(&self) -> Vec<Undecided> {
-        self.lock().in_flight.iter().flat_map(parts).collect()
+        let state = self.lock();
+        let in_flight = state.in_flight.iter();
+        in_flight.flat_map(|op| state.parts(op)).collect()
     }
 
     /// The disk after power loss now, of which `done` says what is left; everything is durable then.
@@ -75,33 +77,59 @@ impl SimDisk {
     }
 }
 
-/// The parts of an operation in flight that may have happened by themselves.
-fn parts(op: &InFlight) -> impl Iterator<Item = Undecided> + use<> {
-    let count = match &op.op {
-        SimOp::Create { .. } => 2,
-        SimOp::Remove => 1,
-        SimOp::Read { .. } | SimOp::Sync | SimOp::Reserve { .. } => 0,
-        SimOp::Write { .. } | SimOp::Release { .. } => changes(op, &mut 0).len() as u32,
-    };
-    let operation = op.id;
-    (0..count).map(move |part| Undecided::InFlight { operation, part })
-}
-
 fn changes(op: &InFlight, next_id: &mut u64) -> Vec<Change> {
     match &op.op {
         SimOp::Write {
             offset_bytes, data, ..
         } => written(*offset_bytes, data, next_id),
-        SimOp::Release {
-            offset_bytes,
-            len_bytes,
-        } => released(*offset_bytes, *len_bytes, next_id),
+        SimOp::Release { ranges } => released(ranges, next_id),
         SimOp::Create { header } => written(0, header, next_id),
         _ => Vec::new(),
     }
 }
 
+impl Segment {
+    /// The unsynced changes that make a difference, by their numbers: a hole where nothing is does not.
+    fn undecided(&self) -> impl Iterator<Item = u64> {
+        let mut filled = BTreeSet::new();
+        self.unsynced.iter().filter_map(move |change| {
+            match change.whole_hole() {
+                Some(at) if !self.durable.has(at) && !filled.contains(&at) => return None,
+                Some(_) => {}
+                None => drop(filled.insert(change.sector)),
+            }
+            Some(change.id)
+        })
+    }
+}
+
 impl State {
+    /// The parts of an operation in flight that may have happened by themselves and would be noticed.
+    fn parts(&self, op: &InFlight) -> Vec<Undecided> {
+        let segment = self.segments.get(&op.segment);
+        let empty = |change: &Change| {
+            let hole = change.whole_hole();
+            hole.is_some_and(|at| segment.is_none_or(|segment| !segment.current.has(at)))
+        };
+        let count = match &op.op {
+            SimOp::Create { .. } => 2,
+            SimOp::Remove => 1,
+            SimOp::Read { .. } | SimOp::Sync | SimOp::Reserve { .. } => 0,
+            SimOp::Write { .. } | SimOp::Release { .. } => {
+                let changes = (0..).zip(changes(op, &mut 0));
+                let seen = changes.filter(|(_, change)| !empty(change));
+                let operation = op.id;
+                return seen
+                    .map(|(part, _)| Undecided::InFlight { operation, part })
+                    .collect();
+            }
+        };
+        let operation = op.id;
+        (0..count)
+            .map(|part| Undecided::InFlight { operation, part })
+            .collect()
+    }
+
     fn after_power_loss(&self, done: &dyn Fn(Undecided) -> bool) -> Self {
         let mut segments = BTreeMap::new();
         for (&number, segment) in &self.segments {
