@@ -527,8 +527,10 @@ impl Window {
         let inside =
             from >= self.start_bytes && from + len as u64 <= self.start_bytes + self.len as u64;
         if !inside {
+            let left = self.segment_bytes - from;
+            let ahead = SCAN_BYTES.min(usize::try_from(left).unwrap_or(SCAN_BYTES));
             let (buffer, got) = io
-                .read(self.number, from, len.max(SCAN_BYTES))
+                .read(self.number, from, len.max(ahead))
                 .map_err(failed("reading", self.number))?;
             (self.buffer, self.start_bytes, self.len) = (Some(buffer), from, got);
         }
