@@ -139,6 +139,8 @@ class Engine:
         - `staging-full`: `volume`, `device`, `reason`. The staging memory is full; writes are refused.
         - `device-failed`: `device`, `reason`. A write or sync failed; its volumes refuse writes.
         - `device-full` / `device-space-back`: `device`.
+        - `volume-full` (`limit_bytes`) / `volume-space-back`: `volume`, `device`. Writes are at its limit.
+        - `reclaim-failed`: `volume`, `device`, `reason`. Dead blocks could not be given back.
         - `corruption`: `volume`, `offset_bytes`, `len_bytes`, `segment`, `reason`.
         """
 

@@ -9,6 +9,9 @@ pub fn crc32c(bytes: &[u8]) -> u32 {
     checksum(CrcAlgorithm::Crc32Iscsi, bytes) as u32
 }
 
+/// Of a block of zeroes.
+pub const ZERO_BLOCK_CRC: u32 = 0x98f9_4189;
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -18,5 +21,6 @@ mod tests {
         assert_eq!(crc32c(b"123456789"), 0xe306_9283);
         assert_eq!(crc32c(&[0; 32]), 0x8a91_36aa);
         assert_eq!(crc32c(&[0xff; 32]), 0x62a8_ab43);
+        assert_eq!(crc32c(&[0; crate::types::BLOCK_BYTES]), ZERO_BLOCK_CRC);
     }
 }

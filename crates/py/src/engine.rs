@@ -518,6 +518,15 @@ impl Engine {
                 "staging-full"
             }
             VolumeEvent::SpaceBack => "device-space-back",
+            VolumeEvent::VolumeFull { limit_bytes } => {
+                dict.set_item("limit_bytes", limit_bytes)?;
+                "volume-full"
+            }
+            VolumeEvent::VolumeSpaceBack => "volume-space-back",
+            VolumeEvent::ReclaimFailed { reason } => {
+                dict.set_item("reason", reason)?;
+                "reclaim-failed"
+            }
             VolumeEvent::Corruption {
                 offset_bytes,
                 len_bytes,

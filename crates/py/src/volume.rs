@@ -319,6 +319,14 @@ impl Volume {
         dict.set_item("log_blocks", stats.space.log_blocks)?;
         dict.set_item("live_node_bytes", stats.space.live_node_bytes)?;
         dict.set_item("map_blocks", stats.space.map_blocks)?;
+        dict.set_item("dead_blocks", stats.space.dead_blocks)?;
+        dict.set_item("punched_blocks", stats.space.punched_blocks)?;
+        dict.set_item("allocated_bytes", stats.space.allocated_bytes)?;
+        dict.set_item("waiting_for_space", stats.waiting_for_space)?;
+        dict.set_item("log_bytes", stats.log_bytes)?;
+        dict.set_item("node_bytes", stats.node_bytes)?;
+        dict.set_item("punched_bytes", stats.punched_bytes)?;
+        dict.set_item("zero_bytes", stats.zero_bytes)?;
         Ok(dict)
     }
 

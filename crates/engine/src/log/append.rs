@@ -3,7 +3,8 @@
 //! `prepare` makes room (record, segment, reservation, ring memory) and may say "wait"; an append after
 //! a successful `prepare` cannot fail. Ordering argument, for the daemon's death at any instruction:
 //! data and checksums are stored in the ring, then the entry, then the record's `entries` field with
-//! release order. Before that last store the entry does not exist; after it, it is complete.
+//! release order. Before that last store the entry does not exist; after it, it is complete. A write
+//! that turns out to be partly zeroes becomes several entries, which the same one store commits.
 
 use super::{
     AppendError, BLOCK, Log, LogOp, LogPosition, MAX_ATOMIC_BLOCKS, Now, OpenState,
@@ -267,27 +268,65 @@ impl Log {
             count,
             kind: EntryKind::Data,
         };
-        self.append_blocks(entry, now, checksums, fill)
+        let first = checksums.len();
+        self.stage_data(count, checksums, fill);
+        self.append_staged(&[entry], &checksums[first..], now)
     }
 
-    fn append_blocks(
+    /// Puts `count` blocks where those of the next entry go, without committing anything:
+    /// [`Self::append_staged`] does, or the next append writes over them. `fill` gets the memory for
+    /// the data, all of which it must write. The checksums are appended to `checksums`.
+    pub fn stage_data(
         &mut self,
-        entry: Entry,
-        now: Now,
+        count: u32,
         checksums: &mut Vec<u32>,
         fill: impl FnOnce(&mut [u8]),
-    ) -> Address {
-        let open = self.open_record(now);
-        let position = open.position + u64::from(1 + open.data_blocks) * BLOCK;
-        let offset_blocks = open.offset_blocks + 1 + open.data_blocks;
-        let data = self
-            .staging
-            .bytes_mut(position, entry.count as usize * BLOCK_BYTES);
+    ) {
+        let data = self.uncommitted(count);
         fill(data);
-        let first = checksums.len();
         // Of our copy: the guest may have changed its own meanwhile.
         checksums.extend(data.chunks_exact(BLOCK_BYTES).map(crc32c));
-        self.commit_entry(&open, &entry, &checksums[first..], now);
+    }
+
+    /// The first `count` blocks that [`Self::stage_data`] put there.
+    pub fn uncommitted(&mut self, count: u32) -> &mut [u8] {
+        let position = match &self.open {
+            Some(open) => open.position + u64::from(1 + open.data_blocks) * BLOCK,
+            // The record's header comes first.
+            None => self.tail + BLOCK,
+        };
+        self.filled = self.filled.max(position + u64::from(count) * BLOCK);
+        self.staging
+            .bytes_mut(position, count as usize * BLOCK_BYTES)
+    }
+
+    /// Whether, after a successful [`Self::prepare`], there is room for so many entries with
+    /// `data_blocks` blocks of data in all, which are no more than was prepared for.
+    #[must_use]
+    pub fn fits_staged(&self, entries: u32, data_blocks: u32) -> bool {
+        let Some(active) = &self.active else {
+            return false;
+        };
+        let (open_entries, open_blocks) = self
+            .open
+            .as_ref()
+            .map_or((0, 0), |open| (open.entries, open.data_blocks));
+        let (entries, blocks) = (open_entries + entries, open_blocks + data_blocks);
+        let footer_bytes = active
+            .footer
+            .footer_bytes_with(FooterBuilder::summary_bytes(entries, blocks));
+        let end = self.active_end_blocks(active) + self.blocks_needed(data_blocks);
+        fits_in_record(entries, blocks)
+            && footer_bytes <= active.footer_reserved_bytes
+            && u64::from(end) * BLOCK + footer_bytes <= self.config.segment_bytes
+    }
+
+    /// Commits entries, all at once, of which those with data have what was staged, in their order.
+    /// Returns the address of the first block of data (without data: where it would be).
+    pub fn append_staged(&mut self, entries: &[Entry], checksums: &[u32], now: Now) -> Address {
+        let open = self.open_record(now);
+        let offset_blocks = open.offset_blocks + 1 + open.data_blocks;
+        self.commit_entries(&open, entries, checksums, now);
         Address::new(self.active_segment(), offset_blocks)
     }
 
@@ -303,7 +342,7 @@ impl Log {
             count,
             kind: EntryKind::Unmap,
         };
-        self.commit_entry(&open, &entry, &[], now);
+        self.commit_entries(&open, &[entry], &[], now);
         position
     }
 
@@ -322,17 +361,14 @@ impl Log {
         );
         let count = (note.len() / BLOCK_BYTES) as u32;
         assert!(count <= MAX_NOTE_BLOCKS, "a note fits one record");
-        let fill = |data: &mut [u8]| data.copy_from_slice(note);
-        self.append_blocks(
-            Entry {
-                block: BlockNumber(0),
-                count,
-                kind: EntryKind::Note,
-            },
-            now,
-            &mut Vec::new(),
-            fill,
-        )
+        let entry = Entry {
+            block: BlockNumber(0),
+            count,
+            kind: EntryKind::Note,
+        };
+        let mut checksums = Vec::new();
+        self.stage_data(count, &mut checksums, |data| data.copy_from_slice(note));
+        self.append_staged(&[entry], &checksums, now)
     }
 
     /// The position that an entry appended now gets; follows a successful [`Self::prepare`].
@@ -385,6 +421,7 @@ impl Log {
         );
         self.staging.set_open(position);
         self.tail += BLOCK;
+        self.filled = self.filled.max(self.tail);
         let open = OpenState {
             position,
             offset_blocks,
@@ -395,14 +432,24 @@ impl Log {
         open
     }
 
-    fn commit_entry(&mut self, open: &OpenState, entry: &Entry, checksums: &[u32], now: Now) {
+    /// Writes the entries, then commits them with one store: all of them or none.
+    fn commit_entries(&mut self, open: &OpenState, entries: &[Entry], checksums: &[u32], now: Now) {
         let header = self.staging.bytes_mut(open.position, BLOCK_BYTES);
-        OpenRecord::resume(header).put_entry(open.entries, entry, open.data_blocks, checksums);
-        self.staging.commit(open.position, open.entries + 1);
-        self.tail += u64::from(entry.data_blocks()) * BLOCK;
+        let mut record = OpenRecord::resume(header);
+        let (mut count, mut data_blocks, mut rest) = (open.entries, open.data_blocks, checksums);
+        for entry in entries {
+            let (own, others) = rest.split_at(entry.data_blocks() as usize);
+            record.put_entry(count, entry, data_blocks, own);
+            count += 1;
+            data_blocks += entry.data_blocks();
+            rest = others;
+        }
+        debug_assert!(rest.is_empty(), "every checksum belongs to an entry");
+        self.staging.commit(open.position, count);
+        self.tail += u64::from(data_blocks - open.data_blocks) * BLOCK;
         if let Some(record) = &mut self.open {
-            record.entries += 1;
-            record.data_blocks += entry.data_blocks();
+            record.entries = count;
+            record.data_blocks = data_blocks;
         }
         self.last_append_ns = now.monotonic_ns;
         self.dirty_since_ns.get_or_insert(now.monotonic_ns);

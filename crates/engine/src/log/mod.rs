@@ -259,6 +259,8 @@ pub struct Log {
     /// The last closed record.
     last: LogPosition,
     tail: u64,
+    /// Up to where the ring was written to, committed or not: what was there a lap before is gone.
+    filled: u64,
     open: Option<OpenState>,
     active: Option<Active>,
     /// Created and empty, the next active segment.
@@ -285,6 +287,7 @@ pub struct Log {
     reserve_blocks: u32,
     failed: Option<String>,
     closing: bool,
+    written_bytes: u64,
     /// When the oldest staged, not yet synced entry was committed.
     dirty_since_ns: Option<u64>,
     last_append_ns: u64,
@@ -316,6 +319,7 @@ impl Log {
             tokens: Tokens::new(0),
             last,
             tail: 0,
+            filled: 0,
             open: None,
             active: None,
             spare: None,
@@ -337,6 +341,7 @@ impl Log {
             reserve_blocks: RESERVE_BLOCKS,
             failed: None,
             closing: false,
+            written_bytes: 0,
             dirty_since_ns: None,
             last_append_ns: 0,
             events: Vec::new(),
@@ -374,6 +379,25 @@ impl Log {
         self.tail - self.written
     }
 
+    /// The segment that takes records, and blocks of it that are in use.
+    #[must_use]
+    pub fn active_blocks(&self) -> Option<(SegmentNumber, u32)> {
+        let active = self.active.as_ref()?;
+        Some((active.segment, ((self.tail - active.start) / BLOCK) as u32))
+    }
+
+    /// Whether the device, or the memory for staging, was full when it was asked last.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.full_until_ns.is_some()
+    }
+
+    /// Records and footers written to segments since the log was created.
+    #[must_use]
+    pub const fn written_bytes(&self) -> u64 {
+        self.written_bytes
+    }
+
     #[must_use]
     pub fn failure(&self) -> Option<&str> {
         self.failed.as_deref()
@@ -396,7 +420,7 @@ impl Log {
         let len = u64::from(blocks) * BLOCK;
         let oldest = self
             .released
-            .max(self.tail.saturating_sub(self.staging.ring_bytes()));
+            .max(self.filled.saturating_sub(self.staging.ring_bytes()));
         (position >= oldest && position + len <= self.tail)
             .then(|| self.staging.bytes(position, len as usize))
     }

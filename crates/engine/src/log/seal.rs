@@ -74,7 +74,8 @@ impl Log {
         now: Now,
     ) {
         let stage = match result {
-            Ok(_) => {
+            Ok(bytes) => {
+                self.written_bytes += bytes as u64;
                 self.submit(io, segment, Op::Sync, LogOp::FooterSync { segment });
                 SealStage::Syncing
             }

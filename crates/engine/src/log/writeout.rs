@@ -105,6 +105,7 @@ impl Log {
     ) {
         let state = match result {
             Ok(_) => {
+                self.written_bytes += end - start;
                 self.unsynced.insert(segment);
                 WriteState::Done
             }

@@ -220,6 +220,17 @@ impl Map {
         });
     }
 
+    /// The newest segment with nodes that are held; `None`: none are.
+    #[must_use]
+    pub fn held_segment(&self) -> Option<SegmentNumber> {
+        let (segment, _) = self.held_until;
+        if self.pending_freezes() > 0 {
+            Some(SegmentNumber(u64::MAX))
+        } else {
+            (segment.0 > 0).then_some(segment)
+        }
+    }
+
     /// Blocks of the head that are mapped.
     #[must_use]
     pub fn mapped_blocks(&self) -> u64 {

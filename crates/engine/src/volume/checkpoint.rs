@@ -129,7 +129,7 @@ pub(super) struct Checkpoints {
     /// The log's end at the last committed checkpoint, and what was asked for since.
     committed: LogPosition,
     committed_log_bytes: u64,
-    wanted: bool,
+    pub(super) wanted: bool,
     /// After a failure: when it makes sense to try again.
     not_before_ns: u64,
     pub(super) wanted_after_bytes: u64,
@@ -231,6 +231,9 @@ impl Volume {
             self.space.remove(*number);
             self.checkpoints.removals.push((*number, self.next_read));
         }
+        let serial = self.next_read;
+        self.reclaim.committed(&done.changed, &done.removed, serial);
+        self.full.may_be_back();
     }
 
     /// The catalog refused the checkpoint `id`: everything in it is to be written again.
@@ -359,6 +362,7 @@ impl Volume {
             let bufs = vec![unsafe { buffer.io_buf() }];
             let offset_bytes = u64::from(place.offset_bytes);
             run.in_flight += 1;
+            self.stats.node_bytes += nodes.len() as u64;
             run.touched.insert(place.number);
             let op = Op::Write {
                 offset_bytes,
@@ -566,9 +570,16 @@ impl Volume {
     pub(super) fn want_checkpoint_if_due(&mut self, map_share_bytes: usize, now: Now) {
         let due = self.log_bytes_since_checkpoint() >= self.checkpoints.wanted_after_bytes
             || self.map.dirty_bytes() > map_share_bytes / 2;
+        if due {
+            self.want_checkpoint(now);
+        }
+    }
+
+    /// Reports once that a checkpoint is wanted, if one can be made.
+    pub(super) fn want_checkpoint(&mut self, now: Now) {
         let failed = self.log.as_ref().is_none_or(|log| log.failure().is_some());
         let waits = now.monotonic_ns < self.checkpoints.not_before_ns;
-        if due && !self.checkpoints.wanted && !self.closing && !failed && !waits {
+        if !self.checkpoints.wanted && !self.closing && !failed && !waits {
             self.checkpoints.wanted = true;
             self.events.push(VolumeEvent::CheckpointWanted);
         }

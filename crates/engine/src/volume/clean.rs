@@ -5,6 +5,8 @@
 //! emptiest are gone through before a checkpoint: each node in them that the tree still has is marked
 //! dirty, the checkpoint writes it elsewhere, and the segment is dead when that is committed.
 //!
+//! Nodes that are known to be dead are passed over: they may be holes by now (`reclaim.rs`).
+//!
 //! Nothing here can harm: a node is only marked if the tree has it at exactly this place, and the old
 //! copy stays until a committed checkpoint no longer needs it.
 
@@ -12,6 +14,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::checkpoint::CheckpointOp;
+use super::dead::DeadSet;
 use super::{BLOCK, Volume, VolumeOp};
 use crate::io::{AlignedBuf, Io, Op};
 use crate::map::{MAX_NODE_BYTES, NeedNode, NodeHead, NodeLocation};
@@ -57,14 +60,24 @@ impl Cleaner {
     }
 
     /// Takes the nodes that begin in a chunk.
-    fn take_chunk(&mut self, segment: SegmentNumber, used_bytes: u32, bytes: &[u8]) {
+    fn take_chunk(
+        &mut self,
+        segment: SegmentNumber,
+        used_bytes: u32,
+        dead: &DeadSet,
+        bytes: &[u8],
+    ) {
         let start = self.offset_bytes;
-        let mut at = 0usize;
-        while at < (CHUNK_BYTES as usize).min(bytes.len()) {
-            if let Some(head) = NodeHead::parse(&bytes[at..]) {
+        let end = start + CHUNK_BYTES.min(bytes.len() as u32);
+        let mut at = start;
+        while at < end {
+            if let Some(behind) = dead.range_end(at) {
+                // Nothing in it is current, and its space may have been given back.
+                at = behind;
+            } else if let Some(head) = NodeHead::parse(&bytes[(at - start) as usize..]) {
                 let location = NodeLocation {
                     segment,
-                    offset_bytes: start + at as u32,
+                    offset_bytes: at,
                     len_bytes: head.len_bytes,
                     checksum: head.checksum,
                 };
@@ -76,16 +89,16 @@ impl Cleaner {
                     first_block,
                     location,
                 });
-                at += head.len_bytes as usize;
-            } else if at.is_multiple_of(BLOCK_BYTES) {
+                at += head.len_bytes;
+            } else if at.is_multiple_of(BLOCK_BYTES as u32) {
                 // No node at a block boundary: nothing follows (docs/format.md, "Map segment").
                 return self.next_segment();
             } else {
-                at = at.next_multiple_of(BLOCK_BYTES);
+                at = at.next_multiple_of(BLOCK_BYTES as u32);
             }
         }
-        self.offset_bytes = start + at as u32;
-        if self.offset_bytes >= used_bytes || bytes.len() < CHUNK_BYTES as usize {
+        self.offset_bytes = at;
+        if at >= used_bytes || bytes.len() < CHUNK_BYTES as usize {
             self.next_segment();
         }
     }
@@ -94,9 +107,11 @@ impl Cleaner {
 impl Volume {
     /// What is worth emptying before the next checkpoint.
     pub(super) fn plan_cleaning(&self) -> Cleaner {
-        let segments = self.space.sparse_map_segments(None, MOST_LIVE_BYTES).into();
+        let segments = self
+            .space
+            .sparse_map_segments(self.map.held_segment(), MOST_LIVE_BYTES);
         Cleaner {
-            segments,
+            segments: segments.into(),
             offset_bytes: BLOCK_BYTES as u32,
             ..Cleaner::default()
         }
@@ -171,8 +186,13 @@ impl Volume {
         cleaner.reading = false;
         match (op, result) {
             (CheckpointOp::CleanChunk { segment, buffer }, Ok(got)) => {
-                let used_bytes = (u64::from(self.space.used_blocks(segment)) * BLOCK) as u32;
-                cleaner.take_chunk(segment, used_bytes, &buffer[..got.min(buffer.len())]);
+                let bytes = &buffer[..got.min(buffer.len())];
+                if let Some(row) = self.space.row(segment) {
+                    let used_bytes = (u64::from(row.used_blocks) * BLOCK) as u32;
+                    cleaner.take_chunk(segment, used_bytes, &row.dead, bytes);
+                } else {
+                    cleaner.next_segment();
+                }
             }
             (CheckpointOp::CleanNode { location, buffer }, Ok(got))
                 if self

@@ -16,10 +16,12 @@ mod adopt;
 mod checkpoint;
 mod clean;
 mod dead;
+mod full;
 mod modify;
 mod note;
 mod open;
 mod read;
+mod reclaim;
 pub mod roots;
 mod space;
 
@@ -43,9 +45,11 @@ use crate::map::{Displaced, Extents, Map, NodeLocation};
 use crate::types::{BLOCK_BYTES, Epoch, SegmentNumber, Uuid};
 use adopt::Adopt;
 use checkpoint::Checkpoints;
+use full::Full;
 use modify::Modify;
 use note::{History, NoteWork};
 use read::{ReadOp, ReadState};
+use reclaim::Reclaim;
 use space::SpaceTable;
 
 /// Within a volume's token range, the log's tokens start here.
@@ -141,6 +145,16 @@ pub enum VolumeEvent {
         reason: String,
     },
     SpaceBack,
+    /// The volume takes as much as it may; writes find no space.
+    VolumeFull {
+        limit_bytes: u64,
+    },
+    /// It takes less than it may, again.
+    VolumeSpaceBack,
+    /// Dead blocks could not be given back.
+    ReclaimFailed {
+        reason: String,
+    },
     Corruption {
         offset_bytes: u64,
         len_bytes: u64,
@@ -231,6 +245,16 @@ pub struct VolumeStats {
     pub errors: u64,
     pub checksum_errors: u64,
     pub map_node_reads: u64,
+    /// Blocks of zeroes that were written and took no space.
+    pub zero_bytes: u64,
+    /// Written to log segments, record headers included.
+    pub log_bytes: u64,
+    /// Written to map segments.
+    pub node_bytes: u64,
+    /// Given back of dead blocks.
+    pub punched_bytes: u64,
+    /// Requests that wait for space.
+    pub waiting_for_space: u64,
     pub mapped_blocks: u64,
     pub map_memory_bytes: u64,
     pub log_bytes_since_checkpoint: u64,
@@ -270,6 +294,7 @@ enum VolumeOp {
     },
     Checkpoint(checkpoint::CheckpointOp),
     Adopt(Box<adopt::AdoptRead>),
+    Reclaim(reclaim::ReclaimOp),
     Remove,
 }
 
@@ -319,6 +344,8 @@ pub struct Volume {
 
     checkpoints: Checkpoints,
     history: History,
+    reclaim: Reclaim,
+    full: Full,
     closing: bool,
     /// There is work left that nothing in flight will announce.
     turn_soon: bool,
@@ -526,7 +553,8 @@ impl Volume {
             }
             VolumeOp::Checkpoint(op) => self.checkpoint_op_done(op, result),
             VolumeOp::Adopt(op) => self.adopt_read_done(io, *op, result, now),
-            VolumeOp::Remove => {}
+            VolumeOp::Reclaim(op) => self.reclaim_op_done(io, op, result, now),
+            VolumeOp::Remove => self.full.may_be_back(),
         }
     }
 
@@ -618,6 +646,7 @@ impl Volume {
             }
         }
         self.retry_appends(io, now);
+        self.retry_waiting_space(io, now);
         if let Some(log) = &mut self.log {
             log.advance(io, now);
         }
@@ -627,6 +656,7 @@ impl Volume {
         self.drive_checkpoint(io, now);
         self.drive_close(io, now);
         self.remove_dead(io);
+        self.drive_reclaim(io, now);
         self.keep_map_in_budget(now);
     }
 
@@ -675,7 +705,10 @@ impl Volume {
                 LogEvent::StagingFull(reason) => {
                     self.events.push(VolumeEvent::StagingFull { reason });
                 }
-                LogEvent::SpaceBack => self.events.push(VolumeEvent::SpaceBack),
+                LogEvent::SpaceBack => {
+                    self.full.may_be_back();
+                    self.events.push(VolumeEvent::SpaceBack);
+                }
                 LogEvent::NumbersWanted => self.events.push(VolumeEvent::NumbersWanted),
             }
         }
@@ -703,7 +736,15 @@ impl Volume {
             return Some(0);
         }
         let log = self.log.as_ref().and_then(Log::deadline_ns);
-        log.into_iter().chain(self.checkpoint_retry_ns()).min()
+        [
+            log,
+            self.checkpoint_retry_ns(),
+            self.reclaim_deadline_ns(),
+            self.space_retry_ns(),
+        ]
+        .into_iter()
+        .flatten()
+        .min()
     }
 
     pub fn take_finished(&mut self, out: &mut Vec<Finished>) {
@@ -721,7 +762,12 @@ impl Volume {
             map_memory_bytes: self.map.memory_bytes() as u64,
             log_bytes_since_checkpoint: self.log_bytes_since_checkpoint(),
             staged_bytes: self.log.as_ref().map_or(0, Log::staged_bytes),
-            space: self.space.totals(),
+            space: SpaceTotals {
+                allocated_bytes: self.allocated_bytes(),
+                ..self.space.totals()
+            },
+            log_bytes: self.log.as_ref().map_or(0, Log::written_bytes),
+            waiting_for_space: self.full.waiting() as u64,
             ..self.stats
         }
     }

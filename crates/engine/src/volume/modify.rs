@@ -7,16 +7,25 @@
 //! that read and the append; the old contents are then stale. They are used only if the map still has
 //! the address that was read: an address is written once, so the same address means the same contents.
 //! Otherwise the block is read again. No locks are needed, and aligned writes never wait for others.
+//!
+//! Blocks of zeroes take no space. They are found in our copy, never in guest memory, before anything of
+//! the piece is committed: what is left of it moves together in the staging ring, behind everything that
+//! is committed, and its entries (data, and unmaps for blocks of zeroes that are mapped) are committed
+//! with one store. So the piece stays all or nothing. Data that is not zero pays one comparison of its
+//! checksum a block.
 
 use std::collections::VecDeque;
 use std::io;
 
 use super::{BLOCK, RequestFailed, Slot, Step, Volume, VolumeOp, Work, bufs_len};
-use crate::crc::crc32c;
+use crate::crc::{ZERO_BLOCK_CRC, crc32c};
 use crate::io::{AlignedBuf, Io, IoBuf, Op};
 use crate::log::{AppendError, Log, Now};
 use crate::map::Extent;
+use crate::segment::{Entry, EntryKind};
 use crate::types::{Address, BLOCK_BYTES, BlockNumber};
+
+const ZERO_BLOCK: [u8; BLOCK_BYTES] = [0; BLOCK_BYTES];
 
 /// A request that changes the volume: copies and unmaps, one after the other.
 #[derive(Debug)]
@@ -187,6 +196,9 @@ impl Volume {
             if !to_bytes.is_multiple_of(BLOCK) {
                 self.fetch_edge(io, slot, copy, last)?;
             }
+            if !self.is_within_limit(count) {
+                return Err(self.no_space(slot, now));
+            }
             self.prepare(io, slot, count, now)?;
             self.append_piece(copy, first, count, to_bytes, now);
         }
@@ -217,9 +229,18 @@ impl Volume {
                 self.waiting_append.push_back(slot);
                 Pause::Park(Step::Parked)
             }
-            AppendError::NoSpace => Pause::Fail(RequestFailed::NoSpace),
+            AppendError::NoSpace => self.no_space(slot, now),
             AppendError::Failed => Pause::Fail(RequestFailed::NotWritable),
         })
+    }
+
+    /// A request found no space: it waits for it, or fails.
+    fn no_space(&mut self, slot: Slot, now: Now) -> Pause {
+        if self.wait_for_space(slot, now) {
+            Pause::Park(Step::Parked)
+        } else {
+            Pause::Fail(RequestFailed::NoSpace)
+        }
     }
 
     /// Appends blocks `first..first + count`, of which the copy changes the bytes up to `to_bytes`.
@@ -245,11 +266,7 @@ impl Volume {
             edges,
             ..
         } = copy;
-        let log = self
-            .log
-            .as_mut()
-            .expect("changes run only while the volume has a log");
-        let address = log.append_data(first, count, now, &mut checksums, |data| {
+        self.log_mut().stage_data(count, &mut checksums, |data| {
             // Old contents first, over whole edge blocks; then what is written.
             if from != 0 {
                 old_contents(edges, first, &mut data[..BLOCK_BYTES]);
@@ -261,16 +278,112 @@ impl Volume {
             }
             cursor.take(source, &mut data[from..to]);
         });
-        self.map
-            .insert(first, address, &checksums, &mut self.displaced)
-            .expect("the leaves were made resident in this very step");
-        self.space
-            .displace(&mut self.displaced, self.history.parent);
-        self.space.revive(address.segment(), u64::from(count));
+        let whole = Entry {
+            block: first,
+            count,
+            kind: EntryKind::Data,
+        };
+        if checksums.contains(&ZERO_BLOCK_CRC) {
+            self.append_without_zeroes(whole, &mut checksums, now);
+        } else {
+            self.apply_staged(&[whole], &checksums, now);
+        }
         self.checksums = checksums;
         self.stats.written_bytes += to_bytes - copy.offset_bytes;
         copy.offset_bytes = to_bytes;
         copy.edges.clear();
+    }
+
+    /// Commits what was staged, and changes the map as it says.
+    fn apply_staged(&mut self, entries: &[Entry], mut checksums: &[u32], now: Now) {
+        let mut address = self.log_mut().append_staged(entries, checksums, now);
+        let segment = address.segment();
+        for entry in entries {
+            let changed = if entry.kind == EntryKind::Data {
+                let (own, rest) = checksums.split_at(entry.count as usize);
+                self.space.revive(segment, own.len() as u64);
+                let inserted = self
+                    .map
+                    .insert(entry.block, address, own, &mut self.displaced);
+                // The next block's, if one follows: an address never leaves its segment.
+                if !rest.is_empty() {
+                    address = address.plus(entry.count);
+                }
+                checksums = rest;
+                inserted
+            } else {
+                self.space.count_unmaps(segment, 1);
+                self.map
+                    .remove(entry.block, entry.count, &mut self.displaced)
+            };
+            changed.expect("the leaves were made resident in this very step");
+            self.space
+                .displace(&mut self.displaced, self.history.parent);
+        }
+    }
+
+    /// Appends what was staged for `whole`, of which some blocks may be zeroes, without those: they are
+    /// unmapped, where they are mapped at all. What is left moves together, before anything of it is
+    /// committed, and all entries are committed at once. Without room for them it stays as it is.
+    fn append_without_zeroes(&mut self, whole: Entry, checksums: &mut Vec<u32>, now: Now) {
+        let (first, count) = (whole.block, whole.count);
+        let log = self
+            .log
+            .as_mut()
+            .expect("changes run only while the volume has a log");
+        let data = log.uncommitted(count);
+        // The checksum says where to look, the contents decide.
+        let is_zero = |i: usize| {
+            checksums[i] == ZERO_BLOCK_CRC
+                && data[i * BLOCK_BYTES..(i + 1) * BLOCK_BYTES] == ZERO_BLOCK
+        };
+        let zero: Vec<bool> = (0..count as usize).map(is_zero).collect();
+        let mut entries: Vec<Entry> = Vec::new();
+        let mut at = 0;
+        for run in zero.chunk_by(|a, b| a == b) {
+            let (block, end) = (first.plus(at), first.plus(at + run.len() as u64));
+            at += run.len() as u64;
+            if !run[0] {
+                entries.push(Entry {
+                    block,
+                    count: run.len() as u32,
+                    kind: EntryKind::Data,
+                });
+            } else if let Some(mapped) = self
+                .map
+                .next_mapped(block, end)
+                .expect("the leaves were made resident in this very step")
+            {
+                entries.push(Entry {
+                    block: mapped,
+                    count: (end.0 - mapped.0) as u32,
+                    kind: EntryKind::Unmap,
+                });
+            }
+        }
+        let zeroes = zero.iter().filter(|zero| **zero).count();
+        let kept = count - zeroes as u32;
+        if zeroes > 0 && !log.fits_staged(entries.len() as u32, kept) {
+            return self.apply_staged(&[whole], checksums, now);
+        }
+        self.stats.zero_bytes += (zeroes * BLOCK_BYTES) as u64;
+        if entries.is_empty() {
+            return;
+        }
+        let data = log.uncommitted(count);
+        let mut to = 0;
+        for from in (0..count as usize).filter(|i| !zero[*i]) {
+            if from != to {
+                data.copy_within(
+                    from * BLOCK_BYTES..(from + 1) * BLOCK_BYTES,
+                    to * BLOCK_BYTES,
+                );
+                checksums[to] = checksums[from];
+            }
+            to += 1;
+        }
+        checksums.truncate(to);
+        self.apply_staged(&entries, checksums, now);
     }
 
     /// Sees to it that the old contents of a block are at hand, and are those of now.

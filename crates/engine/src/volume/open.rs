@@ -8,7 +8,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::checkpoint::{CheckpointState, Checkpoints};
+use super::full::Full;
 use super::note::{self, FoundSnapshot, History, NewSnapshot, Parent};
+use super::reclaim::Reclaim;
 use super::space::{SegmentRow, SpaceTable};
 use super::{MapBudget, MapShare, Volume, VolumeError, VolumeStats};
 use crate::device::SegmentNumbers;
@@ -148,6 +150,8 @@ pub fn open(
         finished: Vec::new(),
         checkpoints: Checkpoints::new(&spec.checkpoint, spec.checkpoint_log_bytes),
         history,
+        reclaim: Reclaim::new(&spec.segments),
+        full: Full::default(),
         closing: false,
         turn_soon: false,
         reads_in_flight: std::collections::BTreeSet::new(),

@@ -353,6 +353,8 @@ pub struct SpaceTotals {
     /// Dead blocks of data, punched or not.
     pub dead_blocks: u64,
     pub punched_blocks: u64,
+    /// Dead blocks, of data or whole of nodes, that were not given back.
+    pub unpunched_blocks: u64,
     /// What the segments take on the device.
     pub allocated_bytes: u64,
 }
@@ -372,6 +374,7 @@ impl SpaceTotals {
         };
         sum(&mut self.segments, 1);
         sum(&mut self.punched_blocks, row.punched_blocks.into());
+        sum(&mut self.unpunched_blocks, row.unpunched_blocks().into());
         let taken_bytes = u64::from(row.taken_blocks()) * BLOCK_BYTES as u64;
         sum(&mut self.allocated_bytes, taken_bytes);
         match row.kind {
@@ -557,6 +560,7 @@ mod tests {
         assert_eq!(totals.live_blocks, 57);
         assert_eq!(totals.log_blocks, 101);
         assert_eq!((totals.dead_blocks, totals.punched_blocks), (30, 20));
+        assert_eq!(totals.unpunched_blocks, 10);
         assert_eq!(totals.allocated_bytes, (100 + 1000 + 1 - 20) * 4096);
         assert_eq!(table.row(SegmentNumber(1)).unwrap().unpunched_blocks(), 10);
         for number in 1..=3 {

@@ -34,6 +34,8 @@ pub trait Disk: Send + 'static {
     /// After a close that went well: nothing of it is in flight any more.
     fn is_closed(&self) -> bool;
     fn resize(&mut self, size_bytes: u64);
+    /// Whether queues are being stopped: requests must come to an end soon.
+    fn set_draining(&mut self, draining: bool);
     fn size_bytes(&self) -> u64;
     fn stats(&self) -> Self::Stats;
     fn take_events(&mut self, out: &mut Vec<Self::Event>);
@@ -108,6 +110,10 @@ impl Disk for Volume {
 
     fn resize(&mut self, size_bytes: u64) {
         Self::resize(self, size_bytes);
+    }
+
+    fn set_draining(&mut self, draining: bool) {
+        Self::set_draining(self, draining);
     }
 
     fn size_bytes(&self) -> u64 {

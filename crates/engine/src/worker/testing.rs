@@ -215,6 +215,8 @@ impl Disk for RamDisk {
         self.closing
     }
 
+    fn set_draining(&mut self, _: bool) {}
+
     fn resize(&mut self, size_bytes: u64) {
         self.size_bytes = size_bytes;
     }

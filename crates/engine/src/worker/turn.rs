@@ -418,6 +418,7 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
                     .filter(|(_, queue)| queue.runs());
                 self.active.extend(running.map(|(q, _)| (e, q)));
             }
+            self.tell_draining();
         }
         let mut any = false;
         for at in 0..self.active.len() {
@@ -425,6 +426,20 @@ impl<D: Disk, I: WorkerIo> Worker<D, I> {
             any |= self.serve_queue(e, q, now);
         }
         any
+    }
+
+    /// Tells volumes whether someone waits for the end of their requests.
+    fn tell_draining(&mut self) {
+        let stops = |queue: &super::export::Queue| queue.stopping.is_some();
+        let draining: Vec<usize> = self
+            .exports
+            .iter_mut()
+            .filter(|(_, export)| export.queues.iter().any(stops))
+            .map(|(_, export)| export.volume)
+            .collect();
+        for (index, slot) in self.volumes.iter_mut() {
+            slot.disk.set_draining(draining.contains(&index));
+        }
     }
 
     fn serve_queue(&mut self, e: usize, q: usize, now: Now) -> bool {
