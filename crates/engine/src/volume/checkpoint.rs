@@ -589,8 +589,10 @@ impl Volume {
     /// [`Self::take_closed`] gives the result.
     pub fn start_close(&mut self, io: &mut dyn Io) {
         self.closing = true;
-        if let Some(log) = &mut self.log {
-            log.start_close(io);
+        match &mut self.log {
+            Some(log) => log.start_close(io),
+            // Opened to read only: nothing is in the log, and nothing of the map has changed.
+            None => self.checkpoints.closed = Some(Ok(None)),
         }
     }
 
