@@ -23,11 +23,13 @@ from .packages import (
 
 __all__ = ["build"]
 
-MODULES = ("virtio_pci", "virtio_blk", "ext4", "xfs")
+MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "ext4", "xfs")
+TOOLS = ("e2fsprogs", "xfsprogs", "util-linux", "qemu-guest-agent")
 PROGRAMS = (
     "mke2fs", "e2fsck", "dumpe2fs", "tune2fs",
     "mkfs.xfs", "xfs_repair",
     "fstrim", "blkdiscard", "lsblk", "blockdev", "taskset",
+    "qemu-ga",
 )  # fmt: skip
 
 
@@ -37,7 +39,7 @@ def build(result: Path) -> None:
     kernel = kernel_package()
     log(f"downloading {kernel}, busybox and file system tools")
     packages = download(
-        [kernel, "busybox-static", *library_packages(["e2fsprogs", "xfsprogs", "util-linux"])],
+        [kernel, "busybox-static", *library_packages(TOOLS)],
         workshop / "packages",
     )
     unpacked = workshop / "unpacked"

@@ -112,6 +112,13 @@ class Vm:
             raise HarnessError(f"{self.name} does not run")
         return self._qmp
 
+    @property
+    def pid(self) -> int:
+        """QEMU's process."""
+        if self._qemu is None:
+            raise HarnessError(f"{self.name} does not run")
+        return self._qemu.pid
+
     def start(self) -> None:
         """Starts QEMU and returns when the guest's agent runs."""
         program, _ = qemu_program()
