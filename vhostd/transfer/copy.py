@@ -26,6 +26,7 @@ __all__ = [
     "FileWriter",
     "Reader",
     "Writer",
+    "close_together",
     "copy",
     "file_extents",
 ]
@@ -85,17 +86,18 @@ class Writer(Protocol):
 def copy(
     reader: Reader,
     writer: Writer,
-    extents: Sequence[Extent],
+    extents: Iterable[Extent],
     progress: Callable[[int, int], None],
+    *,
+    total_bytes: int,
 ) -> int:
     """Copies the extents; returns how many bytes were written.
 
-    progress: told how many bytes were dealt with, and how many there are.
+    progress: told how many bytes were dealt with, and how many there are (`total_bytes`).
 
     Raises:
         DeviceError, NoSpaceError: an end failed; what was written stays.
     """
-    total_bytes = sum(extent.len_bytes for extent in extents)
     done_bytes = written_bytes = 0
     for offset_bytes, data in reader.read(extents):
         for start, end in data_runs(data):
@@ -120,6 +122,21 @@ def data_runs(data: bytes) -> Iterator[tuple[int, int]]:
             start = at
     if start is not None:
         yield start, len(data)
+
+
+def close_together(extents: Iterable[Extent], gap_bytes: int) -> Iterator[Extent]:
+    """Ascending extents, those with at most a gap between them as one: fewer, larger requests."""
+    start = end = 0
+    for offset_bytes, len_bytes in extents:
+        if offset_bytes > end + gap_bytes:
+            if start < end:
+                yield Extent(start, end - start)
+            start = offset_bytes
+        elif start == end:
+            start = offset_bytes
+        end = offset_bytes + len_bytes
+    if start < end:
+        yield Extent(start, end - start)
 
 
 def _chunks(extents: Iterable[Extent], chunk_bytes: int) -> Iterator[Extent]:
