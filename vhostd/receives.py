@@ -18,7 +18,8 @@ one at a time.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 from uuid import UUID
@@ -32,6 +33,7 @@ from vhostd.storage.names import VolumeName, check_name
 
 if TYPE_CHECKING:
     from vhostd.attachments import Attachment, Attachments
+    from vhostd.jobs import Jobs
     from vhostd.storage.pool import Pool
     from vhostd.storage.rows import SnapshotRow
 
@@ -56,6 +58,7 @@ class Receives:
 
     Args:
         change: held while a daemon changes what exists.
+        jobs: which free the space of what a rollback leaves, and pause for it.
         find_pool: the open pool of a name; raises NotFoundError.
     """
 
@@ -65,11 +68,13 @@ class Receives:
         registry: Registry,
         attachments: Attachments,
         change: asyncio.Lock,
+        jobs: Jobs,
         find_pool: Callable[[str], Pool],
     ) -> None:
         self._registry = registry
         self._attachments = attachments
         self._change = change
+        self._jobs = jobs
         self._find_pool = find_pool
         self._log = structlog.get_logger()
 
@@ -125,8 +130,29 @@ class Receives:
             BusyError: the volume is in use, or has changed since the snapshot.
         """
         check_name(stream.snapshot, "snapshot")
-        async with self._change:
-            return await self._begin(self._find_pool(name.pool), name, stream, force=force)
+        async with self._changing(name) as pool:
+            begun = await self._begin(pool, name, stream, force=force)
+        if force:
+            await self._free(name)
+        return begun
+
+    @asynccontextmanager
+    async def _changing(self, name: VolumeName) -> AsyncIterator[Pool]:
+        """One change at a time, and no work in the background has the volume open."""
+        pool = self._find_pool(name.pool)
+        uuid = await asyncio.to_thread(_uuid, pool, name.volume)
+        async with AsyncExitStack() as stack:
+            if uuid is not None:
+                await stack.enter_async_context(self._jobs.paused(uuid))
+            await stack.enter_async_context(self._change)
+            yield pool
+
+    async def _free(self, name: VolumeName) -> None:
+        """What a rollback has left is freed in the background."""
+        pool = self._find_pool(name.pool)
+        uuid = await asyncio.to_thread(_uuid, pool, name.volume)
+        if uuid is not None:
+            self._jobs.release(pool, uuid, str(name))
 
     async def _begin(
         self, pool: Pool, name: VolumeName, stream: StreamIdentity, *, force: bool
@@ -145,7 +171,7 @@ class Receives:
             record = await self._first(pool, name, stream, force=force)
         if stream.from_guid is not None:
             await asyncio.to_thread(_resize, pool, name.volume, stream.size_bytes)
-        elif not await asyncio.to_thread(_exists, pool, name.volume):
+        elif await asyncio.to_thread(_uuid, pool, name.volume) is None:
             try:
                 await asyncio.to_thread(
                     pool.create_volume,
@@ -181,7 +207,7 @@ class Receives:
                 f"{name} waits for none; send it from its beginning"
             )
         if stream.from_guid is None:
-            if await asyncio.to_thread(_exists, pool, name.volume):
+            if await asyncio.to_thread(_uuid, pool, name.volume) is not None:
                 raise ExistsError(
                     f"volume {name} exists, and the stream makes a whole volume; choose another "
                     "name, or send an increment (`export --from-snapshot`)"
@@ -236,14 +262,16 @@ class Receives:
 
     async def abandon(self, name: VolumeName) -> dict[str, Any]:
         """Gives a stream up: a new volume goes, another one is as in the snapshot before."""
-        async with self._change:
-            return await self._abandon(self._find_pool(name.pool), name)
+        async with self._changing(name) as pool:
+            done = await self._abandon(pool, name)
+        await self._free(name)
+        return done
 
     async def _abandon(self, pool: Pool, name: VolumeName) -> dict[str, Any]:
         record = self._record(name, None)
         await self._detach(self._attachments.of_head(name.pool, name.volume))
         if record.from_guid is None:
-            if await asyncio.to_thread(_exists, pool, name.volume):
+            if await asyncio.to_thread(_uuid, pool, name.volume) is not None:
                 await asyncio.to_thread(pool.remove_volume, name.volume)
         else:
             base = await asyncio.to_thread(_by_guid, pool, name.volume, UUID(record.from_guid))
@@ -305,12 +333,12 @@ def _check_continues(name: VolumeName, record: ReceiveRecord, stream: StreamIden
 # In helper threads
 
 
-def _exists(pool: Pool, volume: str) -> bool:
+def _uuid(pool: Pool, volume: str) -> UUID | None:
+    """None: there is no such volume."""
     try:
-        pool.catalog.volume(volume)
+        return pool.catalog.volume(volume).uuid
     except NotFoundError:
-        return False
-    return True
+        return None
 
 
 def _by_guid(pool: Pool, volume: str, guid: UUID) -> SnapshotRow | None:
@@ -319,7 +347,7 @@ def _by_guid(pool: Pool, volume: str, guid: UUID) -> SnapshotRow | None:
 
 
 def _settled(pool: Pool, volume: str, record: ReceiveRecord) -> bool:
-    if not _exists(pool, volume):
+    if _uuid(pool, volume) is None:
         # Nothing came of it yet, or the volume was removed in another way.
         return True
     return _by_guid(pool, volume, UUID(record.guid)) is not None
