@@ -93,6 +93,7 @@ class Daemon:
             registry=registry,
             attachments=self.attachments,
             change=self.change,
+            jobs=self.jobs,
             find_pool=self.pool,
         )
 
