@@ -12,12 +12,12 @@ from typing import Any
 
 from vhostd.api.client import Client
 from vhostd.errors import NotFoundError, UsageError
-from vhostd.exports.agent import DEFAULT_MAX_FROZEN_S, agent_socket, while_frozen
 from vhostd.storage.names import SnapshotName, VolumeName
 
 __all__ = ["AUTO", "DEFAULT_MAX_FROZEN_S", "create_quiesced"]
 
 AUTO = "auto"
+DEFAULT_MAX_FROZEN_S = 10.0
 LONGEST_FROZEN_S = 600.0
 
 
@@ -33,6 +33,9 @@ def create_quiesced(
     Raises:
         See `vhostd.exports.agent.while_frozen`.
     """
+    # Here, and not above: it loads asyncio, which takes longer than most commands.
+    from vhostd.exports import agent
+
     if not 0 < max_frozen_s <= LONGEST_FROZEN_S:
         raise UsageError(
             f"a guest cannot be frozen for {max_frozen_s:g} s; choose more than 0 and at most "
@@ -48,13 +51,15 @@ def create_quiesced(
     def undo(made: dict[str, Any]) -> None:
         client.call("snapshot.remove", volume=volume, snapshots=[made["snapshot"]])
 
-    return while_frozen(path, take, undo, max_frozen_s=max_frozen_s)
+    return agent.while_frozen(path, take, undo, max_frozen_s=max_frozen_s)
 
 
 def _find_socket(client: Client, volume: str) -> Path:
+    from vhostd.exports import agent
+
     for session in client.call("sessions"):
         if session["volume"] == volume and not session["read_only"]:
-            return agent_socket(session["peer_pid"])
+            return agent.agent_socket(session["peer_pid"])
     raise NotFoundError(
         f"no guest has volume {volume} attached, so there is none to freeze; leave out --quiesce, "
         "or name the agent's socket: --quiesce SOCKET"

@@ -23,8 +23,9 @@ from vhostd.cli.common import (
     show_time,
     snapshot_argument,
 )
+from vhostd.cli.quiesce import DEFAULT_MAX_FROZEN_S, create_quiesced
 from vhostd.errors import UsageError
-from vhostd.storage.names import parse_snapshot
+from vhostd.storage.names import parse_snapshot, parse_volume_or_snapshot
 
 __all__ = ["diff_pages", "snapshot"]
 
@@ -42,10 +43,25 @@ def snapshot() -> None:
 
 @snapshot.command()
 @click.argument("name", metavar="POOL/VOLUME[@SNAPSHOT]", shell_complete=complete_volume)
+@click.option(
+    "--quiesce",
+    metavar="SOCKET|auto",
+    help="Have the guest's agent freeze its file systems around it: the socket of its channel, or "
+    "`auto` to find it.",
+)
+@click.option(
+    "--max-frozen",
+    metavar="SECONDS",
+    type=float,
+    default=DEFAULT_MAX_FROZEN_S,
+    show_default=True,
+    help="The guest is thawed after so long, and there is no snapshot then.",
+)
 @common
 @pass_state
-def create(state: State, name: str) -> None:
-    """Take a snapshot, of a running guest too: as if the power had gone at that moment.
+def create(state: State, name: str, quiesce: str | None, max_frozen: float) -> None:
+    """Take a snapshot, of a running guest too: as if the power had gone at that moment, or with
+    --quiesce, as if the guest had unmounted its file systems.
 
     Without a name it is called by the time, in UTC.
 
@@ -53,10 +69,17 @@ def create(state: State, name: str) -> None:
     Examples:
       vhostctl snapshot create fast/web1@before-upgrade
       vhostctl snapshot create fast/web1
+      vhostctl snapshot create fast/web1 --quiesce /run/vm/web1-qga.sock
+      vhostctl snapshot create fast/web1 --quiesce auto
     """
-    name = checked_snapshot(name) if "@" in name else checked_volume(name)
-    made = state.call("snapshot.create", snapshot=name)
-    state.show(made, f"snapshot {made['name']} taken")
+    target = parse_volume_or_snapshot(name)
+    if quiesce is None:
+        made = state.call("snapshot.create", snapshot=str(target))
+    else:
+        with state.client() as client:
+            made = create_quiesced(client, target, quiesce, max_frozen)
+    quiesced = ", the guest's file systems frozen" if made["quiesced"] else ""
+    state.show(made, f"snapshot {made['name']} taken{quiesced}")
 
 
 @snapshot.command("list")

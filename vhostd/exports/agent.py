@@ -39,9 +39,8 @@ from vhostd.errors import (
     VhostdError,
 )
 
-__all__ = ["DEFAULT_MAX_FROZEN_S", "GuestAgent", "agent_socket", "while_frozen"]
+__all__ = ["GuestAgent", "agent_socket", "while_frozen"]
 
-DEFAULT_MAX_FROZEN_S = 10.0
 ANSWER_TIMEOUT_S = 5.0
 THAW_TIMEOUT_S = 30.0
 RECONNECT_WAIT_S = 0.2
@@ -249,7 +248,7 @@ def while_frozen(
     take: Callable[[], T],
     undo: Callable[[T], None],
     *,
-    max_frozen_s: float = DEFAULT_MAX_FROZEN_S,
+    max_frozen_s: float = 10.0,
     thaw_timeout_s: float = THAW_TIMEOUT_S,
 ) -> T:
     """Calls `take` while the guest's file systems are flushed and frozen; returns its result.

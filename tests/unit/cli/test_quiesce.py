@@ -9,9 +9,9 @@ from typing import Any, cast
 import pytest
 
 from vhostd.api.client import Client
-from vhostd.cli import quiesce
 from vhostd.cli.quiesce import create_quiesced
 from vhostd.errors import NotFoundError, UsageError
+from vhostd.exports import agent
 from vhostd.storage.names import SnapshotName, VolumeName
 
 WEB = VolumeName("fast", "web")
@@ -43,8 +43,8 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, float]]:
         undo(made)
         return made
 
-    monkeypatch.setattr(quiesce, "while_frozen", while_frozen)
-    monkeypatch.setattr(quiesce, "agent_socket", lambda pid: Path(f"/run/{pid}.sock"))
+    monkeypatch.setattr(agent, "while_frozen", while_frozen)
+    monkeypatch.setattr(agent, "agent_socket", lambda pid: Path(f"/run/{pid}.sock"))
     return seen
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import random
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import pytest
 
-from tests.unit.native.conftest import Store, native
+from tests.unit.native.conftest import EMPTY, Store, native
 from vhostd.errors import BusyError, ExistsError, NotFoundError, UnavailableError, UsageError
 
 if TYPE_CHECKING:
@@ -208,6 +209,37 @@ def test_memory_regions_are_added_and_removed_by_their_addresses(store: Store) -
     export.remove_region(MIB, 1 << 40, MIB)
     os.close(memory)
     export.close()
+    store.close(volume)
+
+
+def test_a_snapshot_is_read_and_closed_while_its_volume_goes_on(store: Store) -> None:
+    volume = store.open()
+    volume.write(0, b"old " * 1024)
+    taken = uuid.uuid4().bytes
+    volume.snapshot(uuid=taken, name="s", created_ns=1)
+    volume.write(0, b"new " * 1024)
+    result = volume.checkpoint()
+    store.commit(volume, result)
+    [snapshot] = result["snapshots"]
+    opened = store.engine.open_volume(
+        store.device,
+        volume_uuid=taken,
+        name="disk@s",
+        size_bytes=64 * MIB,
+        logical_block_bytes=512,
+        serial="s",
+        previous_epoch=0,
+        epoch=1,
+        read_only=True,
+        checkpoint={**EMPTY, "root": snapshot["root"]},
+        mapped_blocks=snapshot["mapped_blocks"],
+        segments=[],
+        uncatalogued=[],
+    )
+    assert opened.read(0, 4096) == b"old " * 1024
+    # There is nothing to write, and nothing to wait for.
+    assert opened.close() is None
+    assert volume.read(0, 4096) == b"new " * 1024
     store.close(volume)
 
 
