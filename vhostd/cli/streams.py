@@ -215,7 +215,6 @@ def import_stream(state: State, file: Path, volume: str, *, force: bool) -> None
             from_guid=str(header.from_guid) if header.from_guid is not None else None,
             size_bytes=header.size_bytes,
             logical_block_bytes=header.logical_block_bytes,
-            created_ns=header.created_ns,
             quiesced=header.quiesced,
             start_bytes=header.start_bytes,
             force=force,

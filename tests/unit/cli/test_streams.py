@@ -7,16 +7,19 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from uuid import UUID
 
+import msgspec
 import pytest
 from click.testing import CliRunner, Result
 
 from tests.unit.transfer.disk import MemoryDisk
+from vhostd.api import transfers
 from vhostd.cli import attached as attached_module
 from vhostd.cli import common, streams, transfer
 from vhostd.cli.control import vhostctl
+from vhostd.daemon import Daemon
 from vhostd.errors import BusyError, DamagedError, NotFoundError, UsageError, VhostdError
 from vhostd.transfer.stream import ResumePoint
 
@@ -52,6 +55,10 @@ class World:
         self.disks[f"{volume}@{name}"] = disk
 
     def call(self, method: str, **params: Any) -> Any:
+        # What the daemon would not take is not taken here.
+        known = transfers.methods(cast(Daemon, None)).get(method)
+        if known is not None:
+            msgspec.convert(params, known[0])
         self.calls.append(method)
         return getattr(self, "_" + method.replace(".", "_"))(**params)
 
