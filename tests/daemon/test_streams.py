@@ -6,6 +6,8 @@ import hashlib
 import json
 import random
 import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,19 @@ def piped(host: Host, export: list[str], import_: list[str]) -> tuple[Any, Any]:
 
 
 @pytest.fixture
+def web() -> Iterator[Callable[[Host], Disk]]:
+    """Makes fast/web, attached."""
+    with ExitStack() as stack:
+
+        def make(host: Host) -> Disk:
+            disk = Disk(host, "fast/web")
+            stack.callback(disk.device.close)
+            return disk
+
+        yield make
+
+
+@pytest.fixture
 def pools(host: Host) -> Host:
     host.serve()
     host.pool("fast")
@@ -97,14 +112,20 @@ def pools(host: Host) -> Host:
     return host
 
 
-def test_increments_follow_a_volume_that_is_written_all_the_time(pools: Host) -> None:
-    disk = Disk(pools, "fast/web")
+def test_increments_follow_a_volume_that_is_written_all_the_time(
+    pools: Host, web: Callable[[Host], Disk]
+) -> None:
+    disk = web(pools)
+    disk.device.write(0, b"x" * MIB)
+    disk.content[:MIB] = b"x" * MIB
     disk.change(60)
     mon = disk.snapshot("mon")
     disk.change(20)
     sent, received = piped(pools, ["fast/web@mon", "-"], ["-", "slow/web"])
     assert sent["guid"] == received["snapshot"]["guid"]
     assert digest_of(pools, "slow/web@mon") == mon
+    disk.device.write_zeroes(0, MIB)
+    disk.content[:MIB] = bytes(MIB)
     tue = disk.snapshot("tue")
     disk.change(20)
     increment = ["fast/web@tue", "-", "--from-snapshot", "mon"]
@@ -115,11 +136,10 @@ def test_increments_follow_a_volume_that_is_written_all_the_time(pools: Host) ->
     # It follows what changed, and discards are among it.
     assert told["data_bytes"] < sent["data_bytes"]
     assert told["zero_bytes"] > 0
-    disk.device.close()
 
 
-def test_whole_stream_has_only_what_is_mapped(pools: Host) -> None:
-    disk = Disk(pools, "fast/web")
+def test_whole_stream_has_only_what_is_mapped(pools: Host, web: Callable[[Host], Disk]) -> None:
+    disk = web(pools)
     disk.device.write(40 * MIB, b"x" * MIB)
     disk.snapshot("a")
     stream = pools.root / "a.vhs"
@@ -130,14 +150,15 @@ def test_whole_stream_has_only_what_is_mapped(pools: Host) -> None:
     pools.ctl("export", "fast/web@a", raw)
     assert raw.stat().st_size == SIZE
     assert raw.stat().st_blocks * 512 < 2 * MIB
-    disk.device.close()
 
 
-def test_receiver_that_dies_is_continued_after_a_restart_of_the_daemon(host: Host) -> None:
+def test_receiver_that_dies_is_continued_after_a_restart_of_the_daemon(
+    host: Host, web: Callable[[Host], Disk]
+) -> None:
     first = host.serve()
     host.pool("fast")
     host.pool("slow")
-    disk = Disk(host, "fast/web")
+    disk = web(host)
     disk.device.write(0, disk.rng.randbytes(48 * MIB))
     disk.content[: 48 * MIB] = disk.device.read(0, 48 * MIB)
     expected = disk.snapshot("mon")
@@ -151,7 +172,7 @@ def test_receiver_that_dies_is_continued_after_a_restart_of_the_daemon(host: Hos
     said = host.refused(DamagedError.exit_code, "import", damaged, "slow/web")
     assert "damaged at byte" in said
     assert "--resume-point" in said
-    assert "is of snapshot" not in host.refused(BusyError.exit_code, "attach", "slow/web")
+    assert "--abandon slow/web" in host.refused(BusyError.exit_code, "attach", "slow/web")
 
     first.kill()
     host.serve()
@@ -165,8 +186,10 @@ def test_receiver_that_dies_is_continued_after_a_restart_of_the_daemon(host: Hos
     host.ctl("attach", "slow/web")
 
 
-def test_volume_that_has_changed_is_rolled_back_only_by_force(pools: Host) -> None:
-    disk = Disk(pools, "fast/web")
+def test_volume_that_has_changed_is_rolled_back_only_by_force(
+    pools: Host, web: Callable[[Host], Disk]
+) -> None:
+    disk = web(pools)
     disk.change(20)
     disk.snapshot("mon")
     disk.change(10)
@@ -189,8 +212,10 @@ def test_volume_that_has_changed_is_rolled_back_only_by_force(pools: Host) -> No
     assert digest_of(pools, "slow/web") == tue
 
 
-def test_stream_that_is_given_up_leaves_what_was_before(pools: Host) -> None:
-    disk = Disk(pools, "fast/web")
+def test_stream_that_is_given_up_leaves_what_was_before(
+    pools: Host, web: Callable[[Host], Disk]
+) -> None:
+    disk = web(pools)
     disk.device.write(0, disk.rng.randbytes(8 * MIB))
     disk.snapshot("mon")
     before = digest_of(pools, "fast/web@mon")
