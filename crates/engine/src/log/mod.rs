@@ -28,6 +28,7 @@
 mod append;
 mod notes;
 mod recovery;
+mod scan;
 mod seal;
 mod staging;
 #[cfg(test)]
@@ -43,6 +44,7 @@ pub use notes::{NoteError, read_note};
 pub use recovery::{
     LogPosition, RecoveredSegment, Recovery, RecoveryError, RecoveryInput, recover,
 };
+pub use scan::read_summaries;
 pub use staging::{MIN_RING_BYTES, StagedLog, StagedPiece, Staging, StagingIdentity};
 
 use crate::device::SegmentNumbers;

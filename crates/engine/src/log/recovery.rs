@@ -5,29 +5,27 @@
 //!    covers what is staged, or the log went on without that, which then is of an opening long past.
 //! 2. The segments from the checkpoint on are read in order. A valid footer speaks for its segment;
 //!    without one, records are read one by one, data checksums included. The log ends at the first
-//!    record that is not valid: what is applied is a prefix.
+//!    record that is not valid and was not durable: what is applied is a prefix.
 //! 3. Segments without a footer are synced and given one, durably. Only then does the caller let the
 //!    first new write in. So the end that this recovery saw is the end that every later one sees.
 //! 4. Unsealed segments beyond the end are removed: nothing in them was ever flushed, since a flush
 //!    makes everything before it durable first.
 //!
-//! A *sealed* segment beyond an invalid record is another matter: its footer says that everything
-//! before was durable once, so the invalid record is damage, not a torn end. Then the log goes on
-//! behind the damage, and the loss is reported.
+//! **Damage** is told from a torn end by what is found behind it ([`Durable`]): a footer says that its
+//! records were durable, and a record header says up to which record the log was durable before it. A
+//! record that is not valid though it was durable is damage. If only its data is wrong it is applied all
+//! the same, since the blocks that are right are good and those that are not must not read as what
+//! was there before; if its header is wrong the log goes on behind it. Either is reported. A footer
+//! then lists the records that are there, so that the end, and the gap, are the same ever after.
 
 use std::io;
 use std::path::PathBuf;
 
+use super::scan::{Durable, Footer, Scan, end_of, failed, read_footer};
 use super::{BLOCK, LogConfig, StagedLog, StagingIdentity};
-use crate::crc::crc32c;
-use crate::io::{AlignedBuf, BlockingIo, Op};
-use crate::segment::{
-    FooterBuilder, Record, RecordSummary, SegmentHeader, SegmentKind, TRAILER_BYTES, Trailer,
-};
+use crate::io::{BlockingIo, Op};
+use crate::segment::{FooterBuilder, Record, RecordSummary, SegmentHeader, SegmentKind, Trailer};
 use crate::types::{BLOCK_BYTES, Epoch, SegmentNumber, Sequence};
-
-/// How much of an unsealed segment is read at a time.
-const SCAN_BYTES: usize = 4 << 20;
 
 /// The end of a record in a log.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -106,6 +104,9 @@ pub struct RecoveryInput<'a> {
     pub segments: Vec<SegmentNumber>,
     /// Whether anything may be written.
     pub read_only: bool,
+    /// Maps are made again from all segments: nothing is written, what is staged is left alone, records
+    /// of removed segments are not missed, and blocks of durable records may have been punched out.
+    pub rebuild: bool,
 }
 
 impl RecoveryInput<'_> {
@@ -122,12 +123,12 @@ impl RecoveryInput<'_> {
 /// One segment, read.
 struct Contents {
     sealed: bool,
-    epoch: Epoch,
+    epoch: Option<Epoch>,
     /// `previous_checksum` of the first record.
     previous_checksum: u32,
     records: Vec<RecordSummary>,
-    /// Records before the checkpoint could not be read: there is no footer to be made of the rest.
-    incomplete: bool,
+    /// A trailer says that it was sealed, whatever can be read of it.
+    was_sealed: bool,
 }
 
 /// Brings the log to a consistent end; calls `apply` for each record after the checkpoint, in order.
@@ -143,10 +144,15 @@ pub fn recover(
         end: input.checkpoint,
         ..Recovery::default()
     };
-    drain_staging(io, input, &mut recovery)?;
-    let mut beyond_end = Vec::new();
+    let mut durable = Durable::default();
+    if !input.rebuild {
+        drain_staging(io, input, &mut recovery)?;
+    }
+    let may_write = !input.read_only && !input.rebuild;
+    // Of these no record was taken, and whether something in them was of the log.
+    let mut empty: Vec<(SegmentNumber, bool)> = Vec::new();
     for &number in &input.segments {
-        let found = read_segment(io, input, number, recovery.end, &mut recovery.warnings);
+        let found = read_segment(io, input, number, &mut durable, &mut recovery);
         let contents = match found {
             Ok(Some(contents)) => contents,
             Ok(None) => continue,
@@ -160,21 +166,12 @@ pub fn recover(
         if !contents.sealed {
             recovery.scanned += 1;
         }
-        let fresh = number > input.checkpoint.segment;
-        if fresh {
-            match follows(&contents, recovery.end) {
-                Follows::Yes => {}
-                // Unsealed and not joined to the log: written, never flushed, its start lost.
-                Follows::No if !contents.sealed => {
-                    beyond_end.push(number);
-                    continue;
-                }
-                Follows::No => recovery.warnings.push(format!(
-                    "the log is damaged before segment {number}: records after number {} are lost",
-                    recovery.end.sequence
-                )),
-            }
-        }
+        let Some(last) = contents.records.last() else {
+            let covered = number <= input.checkpoint.segment;
+            empty.push((number, covered || contents.was_sealed));
+            continue;
+        };
+        let used_blocks = last.end_blocks();
         let apply_from = input.apply_from(number);
         for record in contents
             .records
@@ -185,62 +182,61 @@ pub fn recover(
             recovery.records += 1;
             recovery.end = LogPosition {
                 segment: number,
-                end_blocks: record.offset_blocks + 1 + record.data_blocks,
+                end_blocks: record.end_blocks(),
                 sequence: record.sequence,
                 record_checksum: record.header_checksum,
             };
         }
-        let sealed =
-            contents.sealed || (!input.read_only && seal(io, input.config, number, &contents)?);
-        let last = contents.records.last();
+        let sealed = contents.sealed || (may_write && seal(io, input.config, number, &contents)?);
         recovery.segments.push(RecoveredSegment {
             number,
-            used_blocks: last.map_or(1, |r| r.offset_blocks + 1 + r.data_blocks),
+            used_blocks,
             sealed,
             removed: false,
         });
     }
+    report_lost_end(io, input, &mut durable, &mut recovery)?;
     // Only now: everything that stays is durable and has its end.
-    for number in beyond_end {
-        if !input.read_only {
+    for (number, stays) in empty {
+        let removed = may_write && !stays;
+        if removed {
             io.run(number, Op::Remove)
                 .map_err(failed("removing", number))?;
         }
-        let gone = RecoveredSegment {
+        recovery.segments.push(RecoveredSegment {
             number,
-            used_blocks: 0,
-            sealed: false,
-            removed: !input.read_only,
-        };
-        recovery.segments.push(gone);
+            used_blocks: u32::from(stays),
+            // Nothing is written to it any more, and there is nothing that a footer could list.
+            sealed: stays,
+            removed,
+        });
     }
     Ok(recovery)
 }
 
-fn failed(what: &'static str, segment: SegmentNumber) -> impl FnOnce(io::Error) -> RecoveryError {
-    move |error| RecoveryError::Io {
-        what,
-        segment,
-        error,
+/// Says what was durable behind the end of what could be read.
+fn report_lost_end(
+    io: &mut BlockingIo<'_>,
+    input: &RecoveryInput<'_>,
+    durable: &mut Durable,
+    recovery: &mut Recovery,
+) -> Result<(), RecoveryError> {
+    // Behind a whole footer that is the last there is nothing to look for.
+    if recovery.scanned == 0 {
+        return Ok(());
     }
-}
-
-/// Whether a segment goes on where the log has ended so far.
-enum Follows {
-    Yes,
-    No,
-}
-
-fn follows(contents: &Contents, end: LogPosition) -> Follows {
-    match contents.records.first() {
-        Some(first)
-            if first.sequence == end.sequence.plus(1)
-                && contents.previous_checksum == end.record_checksum =>
-        {
-            Follows::Yes
-        }
-        _ => Follows::No,
+    let claimed = durable.highest(io, input)?;
+    let end = recovery.end;
+    if end.sequence < claimed {
+        recovery.warnings.push(format!(
+            "segment {} is damaged from block {} on: records {} to {claimed} were durable and cannot \
+             be read",
+            end.segment,
+            end.end_blocks,
+            end.sequence.plus(1)
+        ));
     }
+    Ok(())
 }
 
 fn drain_staging(
@@ -307,239 +303,236 @@ fn drain_staging(
 }
 
 /// Reads a segment's records, by its footer or one by one. `None`: it is not a segment of this log
-/// (said in `warnings`).
+/// (said among the warnings).
 fn read_segment(
     io: &mut BlockingIo<'_>,
     input: &RecoveryInput<'_>,
     number: SegmentNumber,
-    end: LogPosition,
-    warnings: &mut Vec<String>,
+    durable: &mut Durable,
+    recovery: &mut Recovery,
 ) -> Result<Option<Contents>, RecoveryError> {
     let config = input.config;
-    let promised = match read_footer(io, config, number)? {
+    let mut told = None;
+    match read_footer(io, config, number)? {
         Footer::Whole(trailer, records) => {
+            let end = recovery.end;
+            let joined = trailer.first_sequence == end.sequence.plus(1)
+                && trailer.previous_checksum == end.record_checksum;
+            if number > input.checkpoint.segment && !joined && !input.rebuild {
+                recovery
+                    .warnings
+                    .push(lost_before(number, end, trailer.first_sequence));
+            }
             return Ok(Some(Contents {
                 sealed: true,
-                epoch: trailer.epoch,
+                epoch: Some(trailer.epoch),
                 previous_checksum: trailer.previous_checksum,
                 records,
-                incomplete: false,
+                was_sealed: true,
             }));
         }
         // Torn by a crash, perhaps: its records will tell.
-        Footer::Torn(trailer) => Some(trailer.last_sequence),
-        Footer::Missing => None,
-    };
+        Footer::Torn(trailer) => told = Some(trailer),
+        Footer::Missing => {}
+    }
     let (block, got) = io
         .read(number, 0, BLOCK_BYTES)
         .map_err(failed("reading", number))?;
-    let header = match SegmentHeader::parse(&block) {
+    let epoch = match SegmentHeader::parse(&block[..got.min(BLOCK_BYTES)]) {
         Ok(header)
-            if got == BLOCK_BYTES
-                && header.kind == SegmentKind::Log
+            if header.kind == SegmentKind::Log
                 && (header.pool, header.volume, header.number)
                     == (config.pool, config.volume, number) =>
         {
-            header
+            Some(header.epoch)
         }
         Ok(_) => {
-            warnings.push(format!(
+            recovery.warnings.push(format!(
                 "segment {number} says that it is another one; left alone"
             ));
             return Ok(None);
         }
         Err(error) => {
-            warnings.push(format!("segment {number}: {error}; left alone"));
-            return Ok(None);
+            // Its records say by themselves where they belong.
+            recovery.warnings.push(format!(
+                "segment {number}: {error}; its records are read without it"
+            ));
+            None
         }
     };
-    let checkpoint = input.checkpoint;
-    let mut scan = Scan {
-        config,
+    let mut reader = Reader {
+        input,
         number,
+        scan: Scan::new(config, number, epoch),
         contents: Contents {
             sealed: false,
-            epoch: header.epoch,
+            epoch: None,
             previous_checksum: 0,
             records: Vec::new(),
-            incomplete: false,
+            was_sealed: told.is_some(),
         },
-        chain: (number > checkpoint.segment).then_some((end.sequence, end.record_checksum)),
         offset_blocks: 1,
-        verify_from: input.apply_from(number),
+        told,
     };
-    let mut window = Window::new(number, config.segment_bytes);
-    scan.run(io, &mut window)?;
-    if number == checkpoint.segment && scan.offset_blocks < checkpoint.end_blocks {
-        warnings.push(format!(
-            "segment {number} is damaged at block {}, before the checkpoint",
-            scan.offset_blocks
-        ));
-        scan.contents.incomplete = true;
-        scan.offset_blocks = checkpoint.end_blocks;
-        scan.chain = Some((checkpoint.sequence, checkpoint.record_checksum));
-        scan.run(io, &mut window)?;
+    reader.covered(io, recovery)?;
+    if number >= input.checkpoint.segment {
+        reader.fresh(io, durable, recovery)?;
     }
-    let last = scan.chain.map(|(sequence, _)| sequence);
-    if let Some(promised) = promised.filter(|promised| last.is_none_or(|last| last < *promised)) {
-        warnings.push(format!(
-            "segment {number} is damaged: its records up to number {promised} were durable, and those \
-             from block {} on cannot be read",
-            scan.offset_blocks
-        ));
-    }
-    Ok(Some(scan.contents))
+    reader.contents.epoch = reader.scan.epoch;
+    Ok(Some(reader.contents))
 }
 
-/// What stands at a segment's end.
-enum Footer {
-    Missing,
-    /// A trailer, with a body that is not its own.
-    Torn(Trailer),
-    Whole(Trailer, Vec<RecordSummary>),
+fn lost_before(number: SegmentNumber, end: LogPosition, first: Sequence) -> String {
+    format!(
+        "the log is damaged before segment {number}, behind block {} of segment {}: of records {} to {} \
+         some are lost",
+        end.end_blocks,
+        end.segment,
+        end.sequence.plus(1),
+        first.0.saturating_sub(1)
+    )
 }
 
-fn read_footer(
-    io: &mut BlockingIo<'_>,
-    config: &LogConfig,
+/// Reads the records of a segment that has no footer.
+struct Reader<'a> {
+    input: &'a RecoveryInput<'a>,
     number: SegmentNumber,
-) -> Result<Footer, RecoveryError> {
-    let offset_bytes = config.segment_bytes - TRAILER_BYTES as u64;
-    let (block, got) = io
-        .read(number, offset_bytes, TRAILER_BYTES)
-        .map_err(failed("reading", number))?;
-    let ours = (config.pool, config.volume, number);
-    let trailer = match Trailer::parse(&block, config.segment_bytes) {
-        Ok(trailer)
-            if got == TRAILER_BYTES && (trailer.pool, trailer.volume, trailer.segment) == ours =>
-        {
-            trailer
-        }
-        _ => return Ok(Footer::Missing),
-    };
-    let len = trailer.body_bytes as usize;
-    let (body, got) = io
-        .read(number, u64::from(trailer.body_offset), len.max(1))
-        .map_err(failed("reading", number))?;
-    Ok(match trailer.parse_body(&body[..got.min(len)]) {
-        Ok(records) => Footer::Whole(trailer, records),
-        Err(_) => Footer::Torn(trailer),
-    })
-}
-
-/// Reads records one by one until one is not valid.
-struct Scan<'a> {
-    config: &'a LogConfig,
-    number: SegmentNumber,
+    scan: Scan<'a>,
     contents: Contents,
-    /// Sequence and checksum of the record before, if known.
-    chain: Option<(Sequence, u32)>,
+    /// Where the next record is expected.
     offset_blocks: u32,
-    /// Data is verified from this offset on; before it, a checkpoint says that it is durable.
-    verify_from: u32,
+    /// A trailer whose body is not its own.
+    told: Option<Trailer>,
 }
 
-impl Scan<'_> {
-    fn run(&mut self, io: &mut BlockingIo<'_>, window: &mut Window) -> Result<(), RecoveryError> {
-        while let Some(record) = self.next(io, window)? {
+impl Reader<'_> {
+    fn take(&mut self, record: Record) {
+        if self.contents.records.is_empty() {
+            self.contents.previous_checksum = record.identity.previous_checksum;
+        }
+        self.offset_blocks = end_of(&record);
+        self.contents.records.push(RecordSummary::from(record));
+    }
+
+    /// Records that the checkpoint covers: durable, so taken by their headers alone.
+    fn covered(
+        &mut self,
+        io: &mut BlockingIo<'_>,
+        recovery: &mut Recovery,
+    ) -> Result<(), RecoveryError> {
+        let checkpoint = self.input.checkpoint;
+        let known_end = match self.number.cmp(&checkpoint.segment) {
+            std::cmp::Ordering::Greater => return Ok(()),
+            std::cmp::Ordering::Equal => Some(checkpoint.end_blocks),
+            std::cmp::Ordering::Less => self.told.map(|trailer| trailer.end_blocks),
+        };
+        let end = known_end.unwrap_or(u32::MAX);
+        let mut damaged = |from: u32, to: u32| {
+            recovery.warnings.push(format!(
+                "segment {} is damaged in blocks {from} to {}, which the checkpoint covers: maps know \
+                 what is in them, and could not be rebuilt",
+                self.number,
+                to - 1
+            ));
+        };
+        while self.offset_blocks < end {
+            let found = self.scan.find(io, self.offset_blocks)?;
+            let Some(record) = found.filter(|record| end_of(record) <= end) else {
+                break;
+            };
+            if record.identity.offset_blocks > self.offset_blocks {
+                damaged(self.offset_blocks, record.identity.offset_blocks);
+            }
             if self.contents.records.is_empty() {
                 self.contents.previous_checksum = record.identity.previous_checksum;
             }
-            self.chain = Some((record.identity.sequence, record.header_checksum));
-            self.offset_blocks += 1 + record.data_blocks;
+            self.offset_blocks = end_of(&record);
             self.contents.records.push(RecordSummary::from(record));
+        }
+        if let Some(end) = known_end.filter(|end| self.offset_blocks < *end) {
+            damaged(self.offset_blocks, end);
+            self.offset_blocks = end;
         }
         Ok(())
     }
 
-    /// The record at the current offset, if it is valid (docs/format.md, "Record").
-    fn next(
-        &self,
-        io: &mut BlockingIo<'_>,
-        window: &mut Window,
-    ) -> Result<Option<Record>, RecoveryError> {
-        let Some(block) = window.blocks(io, self.offset_blocks, 1)? else {
-            return Ok(None);
-        };
-        let Ok(record) = Record::parse(block) else {
-            return Ok(None);
-        };
-        let (identity, config) = (record.identity, self.config);
-        let here = (
-            identity.pool,
-            identity.volume,
-            identity.segment,
-            identity.epoch,
-        ) == (config.pool, config.volume, self.number, self.contents.epoch)
-            && identity.offset_blocks == self.offset_blocks;
-        let joined = self.chain.is_none_or(|(sequence, checksum)| {
-            identity.sequence == sequence.plus(1) && identity.previous_checksum == checksum
-        });
-        if !here || !joined {
-            return Ok(None);
-        }
-        if self.offset_blocks >= self.verify_from && record.data_blocks > 0 {
-            let data = window.blocks(io, self.offset_blocks + 1, record.data_blocks)?;
-            let matches = data.is_some_and(|data| {
-                data.chunks_exact(BLOCK_BYTES)
-                    .map(crc32c)
-                    .eq(record.checksums.iter().copied())
-            });
-            if !matches {
-                return Ok(None);
-            }
-        }
-        Ok(Some(record))
-    }
-}
-
-/// A sliding view of a segment.
-struct Window {
-    number: SegmentNumber,
-    segment_bytes: u64,
-    buffer: Option<AlignedBuf>,
-    start_bytes: u64,
-    len: usize,
-}
-
-impl Window {
-    fn new(number: SegmentNumber, segment_bytes: u64) -> Self {
-        Self {
-            number,
-            segment_bytes,
-            buffer: None,
-            start_bytes: 0,
-            len: 0,
-        }
-    }
-
-    /// Blocks `first..first + count`, or `None` if the segment ends before.
-    fn blocks(
+    /// Records behind the checkpoint: a valid one after the other, and behind damage.
+    fn fresh(
         &mut self,
         io: &mut BlockingIo<'_>,
-        first: u32,
-        count: u32,
-    ) -> Result<Option<&[u8]>, RecoveryError> {
-        let (from, len) = (u64::from(first) * BLOCK, count as usize * BLOCK_BYTES);
-        if from + len as u64 > self.segment_bytes {
-            return Ok(None);
+        durable: &mut Durable,
+        recovery: &mut Recovery,
+    ) -> Result<(), RecoveryError> {
+        let mut last = (recovery.end.sequence, recovery.end.record_checksum);
+        loop {
+            let expected = last.0.plus(1);
+            let here = self.scan.record_at(io, self.offset_blocks)?;
+            if let Some(record) = here.filter(|record| {
+                (record.identity.sequence, record.identity.previous_checksum) == (expected, last.1)
+            }) {
+                let wrong = self.scan.wrong_blocks(io, &record)?;
+                if wrong > 0 && expected > durable.of(record.identity.epoch, io, self.input)? {
+                    return Ok(());
+                }
+                if wrong > 0 && !self.input.rebuild {
+                    recovery.warnings.push(format!(
+                        "segment {} is damaged: {wrong} of blocks {} to {} do not match their checksums",
+                        self.number,
+                        self.offset_blocks + 1,
+                        end_of(&record) - 1
+                    ));
+                }
+                last = (record.identity.sequence, record.header_checksum);
+                self.take(record);
+                continue;
+            }
+            // Not valid: the end, or damage.
+            if expected > durable.highest(io, self.input)? {
+                return Ok(());
+            }
+            let Some(next) = self.next_after_damage(io, expected, durable)? else {
+                return Ok(());
+            };
+            let (first, offset_blocks) = (next.identity.sequence, next.identity.offset_blocks);
+            if self.contents.records.is_empty() && self.offset_blocks == offset_blocks {
+                if !self.input.rebuild {
+                    recovery
+                        .warnings
+                        .push(lost_before(self.number, recovery.end, first));
+                }
+            } else {
+                recovery.warnings.push(format!(
+                    "segment {} is damaged in blocks {} to {}: of records {expected} to {} some are lost",
+                    self.number,
+                    self.offset_blocks,
+                    offset_blocks.max(self.offset_blocks + 1) - 1,
+                    first.0 - 1
+                ));
+            }
+            // It is taken, or not, by the rules for any record.
+            self.offset_blocks = offset_blocks;
+            last = (Sequence(first.0 - 1), next.identity.previous_checksum);
         }
-        let inside =
-            from >= self.start_bytes && from + len as u64 <= self.start_bytes + self.len as u64;
-        if !inside {
-            let left = self.segment_bytes - from;
-            let ahead = SCAN_BYTES.min(usize::try_from(left).unwrap_or(SCAN_BYTES));
-            let (buffer, got) = io
-                .read(self.number, from, len.max(ahead))
-                .map_err(failed("reading", self.number))?;
-            (self.buffer, self.start_bytes, self.len) = (Some(buffer), from, got);
+    }
+
+    /// The next record of the log behind one that was durable and cannot be read. Records that are
+    /// missing between them must have been durable, too: otherwise they are the log's end.
+    fn next_after_damage(
+        &mut self,
+        io: &mut BlockingIo<'_>,
+        expected: Sequence,
+        durable: &mut Durable,
+    ) -> Result<Option<Record>, RecoveryError> {
+        let mut from = self.offset_blocks;
+        while let Some(record) = self.scan.find(io, from)? {
+            let sequence = record.identity.sequence;
+            if sequence >= expected {
+                let claimed = durable.of(record.identity.epoch, io, self.input)?;
+                return Ok((sequence <= claimed.plus(1)).then_some(record));
+            }
+            from = record.identity.offset_blocks + 1;
         }
-        let at = (from - self.start_bytes) as usize;
-        Ok(self
-            .buffer
-            .as_deref()
-            .filter(|_| at + len <= self.len)
-            .map(|b| &b[at..at + len]))
+        Ok(None)
     }
 }
 
@@ -550,16 +543,13 @@ fn seal(
     number: SegmentNumber,
     contents: &Contents,
 ) -> Result<bool, RecoveryError> {
-    if contents.incomplete {
-        return Ok(false);
-    }
     let mut builder = FooterBuilder::default();
     let mut previous_checksum = contents.previous_checksum;
     for record in &contents.records {
         builder.push(record, previous_checksum);
         previous_checksum = record.header_checksum;
     }
-    let Some(last) = contents.records.last() else {
+    let (Some(last), Some(epoch)) = (contents.records.last(), contents.epoch) else {
         return Ok(false);
     };
     io.sync(number).map_err(failed("syncing", number))?;
@@ -567,7 +557,7 @@ fn seal(
         config.pool,
         config.volume,
         number,
-        contents.epoch,
+        epoch,
         config.segment_bytes,
     );
     // SAFETY: `footer` lives until `write` has returned.

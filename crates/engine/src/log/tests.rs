@@ -175,6 +175,13 @@ impl Bench {
         }
     }
 
+    /// Closes the open record and has it written, without a sync.
+    pub(super) fn write_out(&mut self) {
+        let log = self.log.as_mut().expect("the log is open");
+        log.checkpoint_position();
+        log.write_out(&mut self.io);
+    }
+
     /// The entries that are durable.
     pub(super) fn durable(&mut self) -> usize {
         let durable = self.log().durable();
@@ -222,6 +229,7 @@ impl Bench {
             checkpoint,
             segments,
             read_only: false,
+            rebuild: false,
         };
         let recovery = recover(
             &mut io,
@@ -426,6 +434,7 @@ fn a_damaged_note_is_reported_and_ends_no_sealed_segment() {
         checkpoint: LogPosition::default(),
         segments,
         read_only: false,
+        rebuild: false,
     };
     let recovery = recover(&mut io, &input, &mut |io, segment, record| {
         for placed in record.placed(segment) {
@@ -441,4 +450,157 @@ fn a_damaged_note_is_reported_and_ends_no_sealed_segment() {
         errors[0].contains("does not") || errors[0].contains("do not match"),
         "{errors:?}"
     );
+}
+
+/// Bytes of a block are overwritten on the medium.
+fn spoil(bench: &Bench, segment: SegmentNumber, block: u32) {
+    for byte in [0, 60, 1000, 4095] {
+        let at = u64::from(block) * BLOCK + byte;
+        assert!(bench.disk.flip_bit(segment, at, 5));
+    }
+}
+
+/// A log of 8 records of two blocks each, each flushed, and one that no flush has covered.
+fn flushed_records() -> (Bench, Vec<Address>) {
+    let mut bench = Bench::new(1);
+    let mut positions = Vec::new();
+    for i in 0..9 {
+        positions.push(bench.data(i * 10, 2, 1 + i as u8));
+        if i < 8 {
+            bench.flush();
+        }
+    }
+    bench.write_out();
+    while bench.log().staged_bytes() > 0 {
+        bench.turn();
+    }
+    (bench, positions)
+}
+
+#[test]
+fn a_durable_record_whose_data_is_damaged_is_applied_and_reported() {
+    let (mut bench, positions) = flushed_records();
+    bench.crash(Some(CrashMode::KeepAll), 1);
+    spoil(&bench, positions[3].segment(), positions[3].block() + 1);
+    let (recovery, applied) = bench.recover();
+    assert_eq!(applied.len(), 9);
+    assert_eq!(recovery.warnings.len(), 1, "{:?}", recovery.warnings);
+    let said = "segment 1 is damaged: 1 of blocks 11 to 12 do not match";
+    assert!(
+        recovery.warnings[0].contains(said),
+        "{:?}",
+        recovery.warnings
+    );
+    assert!(recovery.segments[0].sealed);
+    // The footer that it got lists all of them, and says the same ever after.
+    let (again, same) = bench.recover();
+    assert_eq!((again.end, same), (recovery.end, applied));
+    assert!(again.warnings.is_empty());
+}
+
+#[test]
+fn a_damaged_record_header_costs_its_record_and_not_those_behind_it() {
+    let (mut bench, positions) = flushed_records();
+    let mut expected = bench.expected();
+    bench.crash(Some(CrashMode::KeepAll), 1);
+    spoil(&bench, positions[3].segment(), positions[3].block() - 1);
+    expected.remove(3);
+    let (recovery, applied) = bench.recover();
+    assert_eq!(applied, expected);
+    assert_eq!(recovery.warnings.len(), 1, "{:?}", recovery.warnings);
+    let said = "segment 1 is damaged in blocks 10 to 12: of records 4 to 4";
+    assert!(
+        recovery.warnings[0].contains(said),
+        "{:?}",
+        recovery.warnings
+    );
+    assert!(recovery.segments[0].sealed);
+    let (again, same) = bench.recover();
+    assert_eq!((again.end, same), (recovery.end, expected));
+    assert!(again.warnings.is_empty());
+}
+
+#[test]
+fn a_record_that_was_not_durable_and_is_not_valid_is_the_end() {
+    let (mut bench, positions) = flushed_records();
+    let expected = bench.expected();
+    bench.crash(Some(CrashMode::KeepAll), 1);
+    // Its header says that the eighth was durable; nobody says so of the ninth.
+    spoil(&bench, positions[8].segment(), positions[8].block());
+    let (recovery, applied) = bench.recover();
+    assert_eq!(applied, expected[..8]);
+    assert_eq!(recovery.warnings, Vec::<String>::new());
+}
+
+#[test]
+fn records_that_a_crash_cut_off_stay_away_whatever_later_epochs_say() {
+    let mut cut = 0;
+    for seed in 1..60 {
+        let mut bench = Bench::new(seed);
+        bench.data(0, 1, 1);
+        bench.flush();
+        // Records in flight: a later one may survive without an earlier one.
+        for i in 0..6 {
+            bench.data(10 + i, 1, 10 + i as u8);
+            bench.write_out();
+        }
+        bench.crash(Some(CrashMode::Random), seed);
+        let (recovery, applied) = bench.recover();
+        let warnings = &recovery.warnings;
+        assert!(warnings.is_empty(), "seed {seed}: {warnings:?}");
+        cut += usize::from(applied.len() < 6);
+        bench.reopen(&recovery, applied);
+        for i in 0..8 {
+            bench.data(20 + i, 1, 20 + i as u8);
+            bench.flush();
+        }
+        let expected = bench.expected();
+        bench.crash(Some(CrashMode::KeepAll), seed);
+        // The trailer of the first epoch's segment is damaged.
+        let trailer = SEGMENT_BYTES - BLOCK;
+        assert!(bench.disk.flip_bit(SegmentNumber(1), trailer + 9, 1));
+        let (recovery, applied) = bench.recover();
+        assert_eq!(applied, expected, "seed {seed}: {:?}", recovery.warnings);
+    }
+    assert!(cut > 10, "crashes cut off something in {cut} of 60 runs");
+}
+
+#[test]
+fn covered_records_are_known_by_their_headers_when_footer_and_data_are_gone() {
+    let mut bench = Bench::new(1);
+    let first = bench.data(1, 8, 1);
+    bench.flush();
+    bench.data(20, 8, 2);
+    bench.close();
+    let expected = bench.expected();
+    let segment = first.segment();
+    assert!(bench.disk.flip_bit(segment, SEGMENT_BYTES - BLOCK + 9, 1));
+    let config = bench.config.clone();
+    let mut io = BlockingIo::new(&mut bench.io, DEVICE);
+    let hole = first.byte_offset()..first.byte_offset() + 8 * BLOCK;
+    io.run(segment, Op::release(hole)).unwrap();
+    let found = read_summaries(&mut io, &config, segment).unwrap();
+    let placed: Vec<_> = found
+        .records
+        .iter()
+        .flat_map(|record| record.placed(segment).map(|placed| placed.position))
+        .collect();
+    let positions: Vec<_> = expected.iter().map(|a| a.position).collect();
+    assert_eq!(placed, positions);
+    let last = found.records.last().unwrap();
+    let checkpoint = LogPosition {
+        segment,
+        end_blocks: last.end_blocks(),
+        sequence: last.sequence,
+        record_checksum: last.header_checksum,
+    };
+    let (recovery, applied) = bench.recover_from(checkpoint);
+    assert_eq!(applied, []);
+    assert_eq!(recovery.end, checkpoint);
+    assert!(recovery.warnings.is_empty(), "{:?}", recovery.warnings);
+    // It has a footer again.
+    let mut io = BlockingIo::new(&mut bench.io, DEVICE);
+    let again = read_summaries(&mut io, &config, segment).unwrap();
+    assert!(again.sealed);
+    assert_eq!(again.records, found.records);
 }

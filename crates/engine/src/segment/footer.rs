@@ -162,7 +162,8 @@ impl Trailer {
             .last_sequence
             .0
             .checked_sub(trailer.first_sequence.0);
-        if trailer.records == 0 || spanned != Some(u64::from(trailer.records) - 1) {
+        // Between them some may be missing, which recovery found damaged.
+        if trailer.records == 0 || spanned.is_none_or(|n| n < u64::from(trailer.records) - 1) {
             return wrong("records");
         }
         Ok(trailer)
@@ -183,18 +184,22 @@ impl Trailer {
         let mut rest = body;
         let mut summaries = Vec::new();
         let mut next_block = 1u32;
-        for i in 0..self.records {
+        for _ in 0..self.records {
             let head = rest.get(..SUMMARY_BYTES).ok_or(wrong("length"))?;
             let sequence = Sequence(get_u64(head, 0));
             let offset_blocks = get_u32(head, 8);
             let data_blocks = get_u32(head, 12);
             let entry_count = get_u32(head, 16) as usize;
-            if sequence.0 != self.first_sequence.0 + u64::from(i) {
+            let before = summaries.last().map(|last: &RecordSummary| last.sequence);
+            let in_order = match before {
+                None => sequence == self.first_sequence,
+                Some(before) => before < sequence && sequence <= self.last_sequence,
+            };
+            if !in_order {
                 return Err(wrong("sequence number"));
             }
-            // Records lie back to back; so their ends are known without trusting `data_blocks`.
             let end = u64::from(offset_blocks) + 1 + u64::from(data_blocks);
-            if offset_blocks != next_block || end > u64::from(self.end_blocks) {
+            if offset_blocks < next_block || end > u64::from(self.end_blocks) {
                 return Err(wrong("offset"));
             }
             next_block = end as u32;

@@ -103,6 +103,7 @@ pub fn open(
         checkpoint: spec.checkpoint.position,
         segments: candidates,
         read_only: spec.read_only,
+        rebuild: false,
     };
     let mut recovery = recover(&mut io, &input, &mut |io, segment, record| {
         replay
