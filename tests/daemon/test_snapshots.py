@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.daemon.conftest import Host
+from tests.daemon.conftest import PROGRAMS, Host
+from vhostd import _native
 from vhostd.errors import BusyError, NoSpaceError, NotFoundError, UsageError
-from vhostd.virtqueue.block import BlockDevice, RequestError
+from vhostd.virtqueue.block import BlockDevice
+from vhostd.virtqueue.errors import RequestError
 
 MIB = 1 << 20
 
@@ -268,6 +270,9 @@ def test_snapshot_attachment_survives_a_restart_and_refuses_writes(host: Host) -
             disk.write(0, page(6))
 
 
+@pytest.mark.skipif(
+    not hasattr(_native.Volume, "set_limit"), reason="this engine has no limits yet"
+)
 def test_quota_stops_a_volume_and_reservations_are_kept(host: Host) -> None:
     host.serve()
     host.pool()
@@ -289,8 +294,6 @@ def test_quota_stops_a_volume_and_reservations_are_kept(host: Host) -> None:
 
 
 def test_verbs_have_help_with_an_example() -> None:
-    from tests.daemon.conftest import PROGRAMS
-
     for words in (
         ("snapshot", "create"),
         ("snapshot", "diff"),
