@@ -18,6 +18,7 @@ use crate::options::Options;
 use crate::ring::{
     DESC_F_INDIRECT, DESC_F_NEXT, DESC_F_WRITE, DESCRIPTOR_BYTES, Descriptor, Layout, Ring,
 };
+use crate::series::{Interval, Series};
 use crate::stamp::{STAMP_BYTES, Stamps};
 use crate::workload::{Generator, Operation, Random};
 
@@ -43,6 +44,12 @@ pub struct Limits {
     pub warm_up: Duration,
     pub duration: Option<Duration>,
     pub requests: Option<u64>,
+    /// Requests a second, evenly spaced; None: as many as there can be.
+    pub rate: Option<f64>,
+    /// Cuts the measured time into intervals.
+    pub series: Option<Duration>,
+    /// Says on standard error when the measured time begins.
+    pub announce: bool,
 }
 
 /// What was counted between the end of the warm-up and the end.
@@ -62,6 +69,9 @@ pub struct Counted {
     pub frontend_cpu_ns: u64,
     pub machine_busy_ns: u64,
     pub machine_steal_ns: u64,
+    pub series: Vec<Interval>,
+    /// When the measured time began, by the system's monotonic clock.
+    pub began_monotonic_ns: u64,
 }
 
 impl Counted {
@@ -109,6 +119,11 @@ pub struct Driver<'m> {
     in_flight: u32,
     issued: u64,
     counted: Counted,
+    /// Time between requests; 0: each slot has its next one at once.
+    period_ns: f64,
+    /// Slots (queue, number) that wait until the next request is due.
+    waiting: Vec<(usize, usize)>,
+    series: Option<Series>,
 }
 
 impl<'m> Driver<'m> {
@@ -176,6 +191,9 @@ impl<'m> Driver<'m> {
             in_flight: 0,
             issued: 0,
             counted: Counted::default(),
+            period_ns: 0.0,
+            waiting: Vec::new(),
+            series: None,
         })
     }
 
@@ -231,6 +249,9 @@ impl<'m> Driver<'m> {
     ) -> Result<Counted, Error> {
         self.counted = Counted::default();
         self.issued = 0;
+        self.period_ns = limits.rate.map_or(0.0, |rate| 1e9 / rate);
+        self.waiting.clear();
+        self.series = limits.series.map(Series::new);
         self.begin = Instant::now();
         let warm_up_ns = limits.warm_up.as_nanos() as u64;
         let duration_ns = limits
@@ -247,6 +268,9 @@ impl<'m> Driver<'m> {
         let mut last_progress_ns = 0;
         let mut last_look_ns = 0;
         let mut idle_turns = 0;
+        if !warm {
+            self.begin_to_measure(0, limits.announce);
+        }
 
         for queue in 0..self.queues.len() {
             for slot in 0..self.queues[queue].slots.len() {
@@ -254,8 +278,11 @@ impl<'m> Driver<'m> {
             }
             self.show(queue)?;
         }
-        while self.in_flight > 0 {
-            let progress_ns = self.harvest(&mut source)?;
+        while self.in_flight > 0 || !self.waiting.is_empty() {
+            let mut progress_ns = self.harvest(&mut source)?;
+            if !self.waiting.is_empty() && self.issue_due(&mut source)? {
+                progress_ns = progress_ns.or_else(|| Some(self.now_ns()));
+            }
             let now_ns = if let Some(now_ns) = progress_ns {
                 idle_turns = 0;
                 last_progress_ns = now_ns;
@@ -288,6 +315,9 @@ impl<'m> Driver<'m> {
                 }
                 now_ns
             };
+            if let Some(series) = &mut self.series {
+                series.look(now_ns);
+            }
             if now_ns < deadline_ns {
                 continue;
             }
@@ -297,8 +327,10 @@ impl<'m> Driver<'m> {
                 self.counted = Counted::default();
                 window_start_ns = self.now_ns();
                 deadline_ns = window_start_ns.saturating_add(duration_ns);
+                self.begin_to_measure(window_start_ns, limits.announce);
             } else {
-                self.close_window(now_ns - window_start_ns, clocks)?;
+                self.close_window(window_start_ns, now_ns, clocks)?;
+                self.series = None;
                 let counted = std::mem::take(&mut self.counted);
                 source.left = 0;
                 self.drain(frontend, &mut source)?;
@@ -312,13 +344,30 @@ impl<'m> Driver<'m> {
                 });
             }
         }
-        self.close_window(last_progress_ns - window_start_ns, clocks)?;
+        self.close_window(window_start_ns, last_progress_ns, clocks)?;
+        self.series = None;
         Ok(std::mem::take(&mut self.counted))
     }
 
-    fn close_window(&mut self, elapsed_ns: u64, from: Clocks) -> Result<(), Error> {
+    /// The clocks' counts begin at this moment too; see `close_window`.
+    fn begin_to_measure(&mut self, now_ns: u64, announce: bool) {
+        let clock = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+        self.counted.began_monotonic_ns =
+            clock.tv_sec as u64 * 1_000_000_000 + clock.tv_nsec as u64;
+        if let Some(series) = &mut self.series {
+            series.begin(now_ns);
+        }
+        if announce {
+            eprintln!("measuring");
+        }
+    }
+
+    fn close_window(&mut self, from_ns: u64, to_ns: u64, from: Clocks) -> Result<(), Error> {
         let to = self.clocks()?;
-        self.counted.elapsed_ns = elapsed_ns;
+        self.counted.elapsed_ns = to_ns - from_ns;
+        if let Some(series) = &mut self.series {
+            self.counted.series = series.finish(to_ns);
+        }
         self.counted.backend_cpu_ns = to.backend_ns - from.backend_ns;
         self.counted.frontend_cpu_ns = to.frontend_ns - from.frontend_ns;
         self.counted.machine_busy_ns = to.machine.busy_ns.saturating_sub(from.machine.busy_ns);
@@ -346,6 +395,25 @@ impl<'m> Driver<'m> {
             }
         }
         Ok(())
+    }
+
+    /// Gives waiting slots the requests that are due by now. False: none was.
+    fn issue_due(&mut self, source: &mut Source<'_>) -> Result<bool, Error> {
+        let now_ns = self.now_ns();
+        let mut any = false;
+        while !self.waiting.is_empty() && self.due_ns() <= now_ns {
+            // The longest idle first, so that all slots take part.
+            let (queue, number) = self.waiting.remove(0);
+            self.issue(queue, number, now_ns, source);
+            self.show(queue)?;
+            any = true;
+        }
+        Ok(any)
+    }
+
+    /// When the next request is due.
+    fn due_ns(&self) -> u64 {
+        (self.issued as f64 * self.period_ns) as u64
     }
 
     /// Takes what every queue completed and puts new requests in its place. None: nothing had.
@@ -425,7 +493,11 @@ impl<'m> Driver<'m> {
         }
         self.counted.requests += 1;
         self.counted.bytes += u64::from(self.options.block_bytes);
-        self.counted.latency.record(now_ns - slot.start_ns);
+        let latency_ns = now_ns.saturating_sub(slot.start_ns);
+        self.counted.latency.record(latency_ns);
+        if let Some(series) = &mut self.series {
+            series.record(latency_ns);
+        }
         self.queues[index].slots[number].operation = None;
         self.issue(index, number, now_ns, source);
         Ok(())
@@ -455,7 +527,15 @@ impl<'m> Driver<'m> {
     }
 
     /// Gives an idle slot the next request, if there is one.
+    ///
+    /// With a rate, a request is timed from when it is due: what waits behind a stall tells of it.
     fn issue(&mut self, index: usize, number: usize, now_ns: u64, source: &mut Source<'_>) {
+        let paced = self.period_ns > 0.0;
+        let due_ns = self.due_ns();
+        if paced && due_ns > now_ns {
+            self.waiting.push((index, number));
+            return;
+        }
         let (operation, unit) = loop {
             let Some(next) = source.next() else { return };
             // Two requests on one block at once have no defined outcome to check against.
@@ -470,7 +550,7 @@ impl<'m> Driver<'m> {
             operation: Some(operation),
             flushing: false,
             unit,
-            start_ns: now_ns,
+            start_ns: if paced { due_ns } else { now_ns },
             buffer: (slot.buffer + 1) % buffers,
         };
         let at = self.buffer_at(index, number, self.queues[index].slots[number].buffer);

@@ -12,6 +12,7 @@ mod memory;
 mod options;
 mod report;
 mod ring;
+mod series;
 mod stamp;
 mod workload;
 
@@ -95,7 +96,7 @@ fn run(mut options: Options) -> Result<Report, Error> {
     Ok(Report::new(
         &options,
         features,
-        &counted,
+        counted,
         read_back.as_ref(),
         driver.stamps.as_ref(),
     )
@@ -118,6 +119,9 @@ fn load(
         warm_up: options.warm_up,
         duration: options.duration,
         requests: options.requests,
+        rate: options.rate,
+        series: options.series,
+        announce: options.announce,
     };
     let counted = driver.drive(frontend, &mut generator, limits)?;
     if !options.verify {
@@ -128,6 +132,9 @@ fn load(
         warm_up: Duration::ZERO,
         duration: None,
         requests: None,
+        rate: None,
+        series: None,
+        announce: false,
     };
     let read_back = driver.drive(frontend, &mut everything, whole)?;
     Ok((counted, Some(read_back)))

@@ -29,6 +29,10 @@ Workloads: randread randwrite seqread seqwrite randrw writeflush zipf run for --
   --duration SECONDS    measured time (5; none for one-pass workloads)
   --warm-up SECONDS     time before it that is not counted (0.5; 0 for one-pass workloads)
   --requests N          end after so many requests, warm-up included
+  --rate N              requests a second, evenly spaced (as many as there can be); latencies
+                        are then told from when a request was due
+  --series SECONDS      also tell requests and latencies by intervals (at least 0.01)
+  --announce            print `measuring` on standard error when the measured time begins
   --offset SIZE         where the region begins on the disk (0)
   --region SIZE         size of the region (to the end of the disk)
   --read-percent N      reads in randrw and zipf (70)
@@ -60,6 +64,9 @@ pub struct Options {
     pub duration: Option<Duration>,
     pub warm_up: Duration,
     pub requests: Option<u64>,
+    pub rate: Option<f64>,
+    pub series: Option<Duration>,
+    pub announce: bool,
     pub region_offset_bytes: u64,
     /// 0 until the disk's size is known.
     pub region_bytes: u64,
@@ -141,6 +148,13 @@ impl Options {
             "--block must be a multiple of 512, at most 64M"
         } else if self.verify && !(self.block_bytes as usize).is_multiple_of(STAMP_BYTES) {
             "--verify needs blocks that are multiples of 4K"
+        } else if self.rate.is_some() && self.sleep {
+            "--rate needs polling, so it does not go with --sleep"
+        } else if self
+            .series
+            .is_some_and(|every| every < crate::series::SHORTEST)
+        {
+            "--series must be at least 0.01 seconds"
         } else if self.read_percent > 100 {
             "--read-percent is at most 100"
         } else if !self.verify && (self.fresh || self.stamps.is_some()) {
@@ -173,6 +187,13 @@ fn seconds(text: &str) -> Result<Duration, String> {
         .parse()
         .map_err(|_| format!("{text} is no number of seconds"))?;
     Duration::try_from_secs_f64(number).map_err(|error| error.to_string())
+}
+
+fn rate(text: &str) -> Result<f64, String> {
+    text.parse()
+        .ok()
+        .filter(|rate| (1.0..=1e9).contains(rate))
+        .ok_or_else(|| format!("{text} is no rate of requests a second"))
 }
 
 fn cores(text: &str) -> Result<(usize, usize), String> {
@@ -235,6 +256,9 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, Failed> {
         duration: None,
         warm_up: Duration::ZERO,
         requests: None,
+        rate: None,
+        series: None,
+        announce: false,
         region_offset_bytes: 0,
         region_bytes: 0,
         read_percent: 70,
@@ -272,6 +296,9 @@ fn parse_with(mut parser: lexopt::Parser) -> Result<Command, Failed> {
             Long("duration") => options.duration = Some(parser.value()?.parse_with(seconds)?),
             Long("warm-up") => warm_up = Some(parser.value()?.parse_with(seconds)?),
             Long("requests") => options.requests = Some(parser.value()?.parse()?),
+            Long("rate") => options.rate = Some(parser.value()?.parse_with(rate)?),
+            Long("series") => options.series = Some(parser.value()?.parse_with(seconds)?),
+            Long("announce") => options.announce = true,
             Long("offset") => options.region_offset_bytes = parser.value()?.parse_with(size)?,
             Long("region") => options.region_bytes = parser.value()?.parse_with(size)?,
             Long("read-percent") => options.read_percent = parser.value()?.parse()?,
@@ -342,6 +369,9 @@ mod tests {
             "run --socket s --workload randread --block 100",
             "run --socket s --workload randread --verify --block 512",
             "run --socket s --workload randread --fresh",
+            "run --socket s --workload randread --rate 0",
+            "run --socket s --workload randread --rate 1000 --sleep",
+            "run --socket s --workload randread --series 0.001",
             "run --socket s --workload randread --pingpong 1,1",
         ] {
             assert!(matches!(run(line), Err(Error::Usage(_))), "{line}");

@@ -6,6 +6,7 @@ use crate::driver::Counted;
 use crate::error::Error;
 use crate::machine::RoundTrip;
 use crate::options::Options;
+use crate::series::Interval;
 use crate::stamp::Stamps;
 
 #[derive(Serialize)]
@@ -39,6 +40,8 @@ pub struct Report {
     cpu: Cpu,
     backend_resident_bytes: Option<u64>,
     backend_anonymous_bytes: Option<u64>,
+    series: Vec<Interval>,
+    began_monotonic_ns: u64,
     round_trip_before: Option<RoundTrip>,
     round_trip_after: Option<RoundTrip>,
     verify: Option<Verify>,
@@ -83,7 +86,7 @@ impl Report {
     pub fn new(
         options: &Options,
         features: u64,
-        counted: &Counted,
+        counted: Counted,
         read_back: Option<&Counted>,
         stamps: Option<&Stamps>,
     ) -> Self {
@@ -143,6 +146,8 @@ impl Report {
             },
             backend_resident_bytes: None,
             backend_anonymous_bytes: None,
+            series: counted.series,
+            began_monotonic_ns: counted.began_monotonic_ns,
             round_trip_before: None,
             round_trip_after: None,
             verify: stamps.map(|stamps| Verify {
