@@ -23,7 +23,17 @@ from typing import IO, ClassVar
 
 from bench import loadgen
 
-__all__ = ["Backend", "BackendError", "QsdFile", "QsdNull", "Running", "Vhostd", "all_backends"]
+__all__ = [
+    "Backend",
+    "BackendError",
+    "QsdFile",
+    "QsdNull",
+    "Running",
+    "Vhostd",
+    "all_backends",
+    "await_ready",
+    "stopped_at_the_end",
+]
 
 READY_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 60.0
@@ -50,7 +60,7 @@ def _version(command: Sequence[str]) -> str | None:
 
 
 @contextlib.contextmanager
-def _stopped_at_the_end(process: "subprocess.Popen[bytes]", name: str) -> Iterator[None]:
+def stopped_at_the_end(process: "subprocess.Popen[bytes]", name: str) -> Iterator[None]:
     try:
         yield
     finally:
@@ -64,6 +74,28 @@ def _stopped_at_the_end(process: "subprocess.Popen[bytes]", name: str) -> Iterat
         finally:
             if process.stdout is not None:
                 process.stdout.close()
+
+
+def await_ready(
+    output: IO[bytes], log: Path, name: str, timeout_s: float = READY_TIMEOUT_S
+) -> None:
+    """Reads a vhostd's standard output until the line `ready: SOCKET`.
+
+    Raises BackendError.
+    """
+    seen = b""
+    deadline = time.monotonic() + timeout_s
+    with selectors.DefaultSelector() as selector:
+        selector.register(output, selectors.EVENT_READ)
+        while not any(line.startswith(b"ready: ") for line in seen.splitlines()):
+            left_s = deadline - time.monotonic()
+            if left_s <= 0 or not selector.select(left_s):
+                raise BackendError(f"{name} is not ready after {timeout_s:.0f} s")
+            chunk = os.read(output.fileno(), 4096)
+            if not chunk:
+                tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
+                raise BackendError(f"{name} ended before it was ready: {tail}")
+            seen += chunk
 
 
 class Backend(ABC):
@@ -127,7 +159,7 @@ class _Qsd(Backend):
             process = subprocess.Popen(
                 command, pass_fds=[listener.fileno()], stdout=log, stderr=log
             )
-        with _stopped_at_the_end(process, self.name):
+        with stopped_at_the_end(process, self.name):
             yield Running(process.pid, path)
 
 
@@ -209,26 +241,10 @@ class Vhostd(Backend):
         command += ["--size", str(size_bytes), "--socket", str(path)]
         with (directory / "log").open("ab") as log:
             process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log)
-        with _stopped_at_the_end(process, self.name):
+        with stopped_at_the_end(process, self.name):
             assert process.stdout is not None
-            self._await_ready(process.stdout, directory / "log")
+            await_ready(process.stdout, directory / "log", self.name)
             yield Running(process.pid, path)
-
-    def _await_ready(self, output: IO[bytes], log: Path) -> None:
-        """Reads standard output until the line `ready: SOCKET`."""
-        seen = b""
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        with selectors.DefaultSelector() as selector:
-            selector.register(output, selectors.EVENT_READ)
-            while not any(line.startswith(b"ready: ") for line in seen.splitlines()):
-                left_s = deadline - time.monotonic()
-                if left_s <= 0 or not selector.select(left_s):
-                    raise BackendError(f"{self.name} is not ready after {READY_TIMEOUT_S:.0f} s")
-                chunk = os.read(output.fileno(), 4096)
-                if not chunk:
-                    tail = log.read_text(errors="replace")[-2000:] if log.exists() else ""
-                    raise BackendError(f"{self.name} ended before it was ready: {tail}")
-                seen += chunk
 
 
 def all_backends(vhostd_command: str | None = None) -> list[Backend]:
