@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
-from uuid import UUID
 
 from bench.backends import BackendError, await_ready
 from vhostd.api.client import Client
@@ -77,7 +76,13 @@ socket = "{self._client.path}"
         """
         assert self._process is None, "one at a time"
         pinned = [] if self._core is None else ["taskset", "-c", str(self._core)]
-        command = [*pinned, *self._command, "serve", "--config", str(self.directory / "config.toml")]
+        command = [
+            *pinned,
+            *self._command,
+            "serve",
+            "--config",
+            str(self.directory / "config.toml"),
+        ]
         log_path = self.directory / "log"
         begin = time.monotonic()
         self._log = log_path.open("ab")
@@ -193,9 +198,22 @@ socket = "{self._client.path}"
         self.call("snapshot.create", snapshot=f"{POOL}/{volume}@{name}")
         return time.monotonic() - begin
 
-    def remove_snapshot(self, volume: str, name: str) -> None:
-        """Returns when it is decided; its space is freed in the background."""
-        self.call("snapshot.remove", snapshot=f"{POOL}/{volume}@{name}")
+    def remove_snapshots(self, volume: str, names: list[str] | None = None) -> None:
+        """Removes some, or all; their space is freed in the background."""
+        self.call("snapshot.remove", volume=f"{POOL}/{volume}", snapshots=names)
 
-    def pool_uuid(self) -> UUID:
-        return UUID(self.call("pool.info", pool=POOL)["uuid"])
+    def removing(self, volume: str) -> int:
+        """Snapshots that were removed and whose space is not free yet."""
+        rows = self.call("snapshot.list", volume=f"{POOL}/{volume}", removing=True)
+        return sum(row["state"] == "removing" for row in rows)
+
+    def await_removals(self, volume: str, timeout_s: float = 600.0) -> None:
+        """Until the space of removed snapshots is accounted for as dead.
+
+        Raises BackendError.
+        """
+        deadline = time.monotonic() + timeout_s
+        while left := self.removing(volume):
+            if time.monotonic() > deadline:
+                raise BackendError(f"{left} removed snapshots are not gone after {timeout_s:.0f} s")
+            time.sleep(0.05)

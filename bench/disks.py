@@ -25,7 +25,7 @@ from bench.daemon import Daemon
 from bench.qmp import Monitor
 from bench.session import Session
 
-__all__ = ["Disk", "Live", "QsdDisk", "VhostdDisk", "fill", "overwrite"]
+__all__ = ["Disk", "Live", "QsdDisk", "VhostdDisk", "fill", "fill_socket", "overwrite"]
 
 KINDS = ("none", "internal", "external")
 
@@ -223,7 +223,12 @@ class QsdDisk(Disk):
 
 def fill(session: Session, live: Live) -> None:
     """Writes the whole disk once in order, so that all of it is allocated."""
-    session.load(live.socket, "--workload", "fill", "--block", "128K", "--depth", "8")
+    fill_socket(session, live.socket)
+
+
+def fill_socket(session: Session, path: Path) -> None:
+    """As `fill`, of what is served on a socket."""
+    session.load(path, "--workload", "fill", "--block", "128K", "--depth", "8")
 
 
 def overwrite(session: Session, live: Live, blocks: int, seed: int) -> None:
