@@ -45,7 +45,7 @@ class Daemon:
         self._process: subprocess.Popen[bytes] | None = None
         self._log: IO[bytes] | None = None
         self._client = Client(directory / "run" / "api.sock", timeout_s=3600)
-        self.staging = Path("/dev/shm") / f"vhostd-bench-{os.getpid()}-{directory.name}"  # noqa: S108
+        self.staging = Path("/dev/shm") / f"vhostd-bench-{os.getpid()}-{directory.name}"
         directory.mkdir(parents=True, exist_ok=True)
         for name in ("run", "state"):
             (directory / name).mkdir(exist_ok=True)

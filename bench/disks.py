@@ -5,8 +5,8 @@ snapshots stay from one serving to the next. `Live.snapshot` is the whole manage
 disk is served and whatever load is on it. One thread.
 
 qemu-storage-daemon: qcow2, direct, io_uring, with an iothread, as `bench.backends` has it.
-*Internal* snapshots are kept within the image; an *external* one puts a new image over the last, and
-the files below are only read from then on. All files of a chain are opened the same way.
+*Internal* snapshots are kept within the image; an *external* one puts a new image over the last,
+and the files below are only read from then on. All files of a chain are opened the same way.
 """
 
 import contextlib
@@ -167,7 +167,7 @@ class QsdDisk(Disk):
                     "cache": {"direct": True},
                 }
             )
-            node = {
+            node: dict[str, Any] = {
                 "driver": self.image,
                 "node-name": f"disk{layer}",
                 "file": f"file{layer}",

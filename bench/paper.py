@@ -25,8 +25,8 @@ def head(title: str, machine: Machine, cores: tuple[int, int], version: str | No
         f"- Machine: {machine.cpu}, {machine.cores} cores ({virtual}), "
         f"{machine.memory_bytes / (1 << 30):.0f} GiB, Linux {machine.kernel}",
         f"- Disk: {machine.filesystem}",
-        f"- Commit {machine.commit}; {version or 'vhostd of unknown version'}; load average before: "
-        f"{machine.load_average:.2f}"
+        f"- Commit {machine.commit}; {version or 'vhostd of unknown version'}; load average "
+        f"before: {machine.load_average:.2f}"
         + (" (**not a quiet machine**)" if machine.load_average > 1 else ""),
         f"- Back-end on core {cores[0]}, front-end on core {cores[1]}",
         "",

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from bench import loadgen
 
-__all__ = ["Session", "segment_bytes_on_disk", "sectors_written"]
+__all__ = ["Session", "sectors_written", "segment_bytes_on_disk"]
 
 SECTOR_BYTES = 512
 
@@ -71,7 +71,7 @@ def segment_bytes_on_disk(pool: Path) -> int:
     for directory, _, names in os.walk(pool / "segments"):
         for name in names:
             try:
-                total += os.stat(Path(directory) / name).st_blocks * SECTOR_BYTES
+                total += (Path(directory) / name).stat().st_blocks * SECTOR_BYTES
             except FileNotFoundError:
                 continue  # removed since it was listed
     return total
@@ -82,7 +82,7 @@ def sectors_written(path: Path) -> int | None:
 
     None: the file system has no single block device.
     """
-    device = os.stat(path).st_dev
+    device = path.stat().st_dev
     entry = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat")
     try:
         return int(entry.read_text().split()[6])

@@ -38,7 +38,7 @@ class Fill(msgspec.Struct, frozen=True):
     live_node_bytes: int
     """Of nodes that are current."""
     map_segment_bytes: int
-    """What map segments take on the disk, as `du` counts, with nodes that are not current any more."""
+    """What map segments take on the disk, as `du` counts, nodes that were replaced included."""
     checkpoint_s: float
     load: loadgen.Result
 

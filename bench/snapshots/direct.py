@@ -60,16 +60,16 @@ def main(path: Path, staging: Path, times: int, number: int, names: list[str]) -
         opened = {name: pool.open_volume(name) for name in names}
         for turn in range(times):
             for name in names if turn % 2 else names[::-1]:
-                volume = engine.volumes[name]
+                timed = engine.volumes[name]
                 for write in range(WRITES_BETWEEN):
                     block = (turn * WRITES_BETWEEN + write) * 7919 % 1_000_003
-                    volume.write(block * 4096, (turn * 1000 + write + 1).to_bytes(4, "big") * 1024)
+                    timed.write(block * 4096, (turn * 1000 + write + 1).to_bytes(4, "big") * 1024)
                 if turn % CHECKPOINT_EVERY == 0:
                     opened[name].checkpoint()
                 begin = time.perf_counter()
                 pool.snapshots.create(name, f"direct-{number}-{turn}")
                 timings.append(("storage", name, time.perf_counter() - begin))
-                timings.append(("engine", name, volume.seconds))
+                timings.append(("engine", name, timed.seconds))
         for volume in opened.values():
             pool.release_volume(volume)
     finally:

@@ -61,11 +61,11 @@ def _creation(found: Creation) -> list[str]:
             lines.append(f"- {way}, {MAPPED}, ms: {paper.verdict(median, CREATE_LIMIT_MS)}")
     lines += [
         "",
-        "`burst`: 128 calls in a row without a checkpoint between; every 64th makes one. `vhostctl`: "
-        "the whole program.",
+        "`burst`: 128 calls in a row without a checkpoint between; every 64th makes one. "
+        "`vhostctl`: the whole program.",
         "",
-        "What a guest notices: a load at a steady rate (4 KiB, 70 % reads, depth 32), latencies told "
-        "from when a request was due.",
+        "What a guest notices: a load at a steady rate (4 KiB, 70 % reads, depth 32), latencies "
+        "told from when a request was due.",
         "",
     ]
     rows = []
@@ -130,8 +130,8 @@ def _throughput(found: Throughput) -> list[str]:
         "## With many snapshots",
         "",
         f"{found.rounds} rounds. Thousand requests a second: median (min-max) of quiet runs where "
-        "there are some; the ratio is to the disk of the same kind without snapshots, of runs of one "
-        "round in one state of the machine: median (min-max).",
+        "there are some; the ratio is to the disk of the same kind without snapshots, of runs of "
+        "one round in one state of the machine: median (min-max).",
         "",
     ]
     for cell in LOADS:
@@ -159,14 +159,14 @@ def _throughput(found: Throughput) -> list[str]:
             reached = paper.verdict(compared[0], MANY_LEAST, at_least=True)
             lines += [f"vhostd with {many:,}: {compared[0]:.3f}, {reached}", ""]
     rows = [
-        [disk, found.snapshots[disk], paper.milliseconds(found.create_s[disk])]
+        [disk, f"{found.snapshots[disk]:,}", paper.milliseconds(found.create_s[disk])]
         for disk in found.disks
         if found.create_s.get(disk)
     ]
     lines += [
         "Taking each of them, the disk served and idle, ms: median / 99th percentile / maximum. "
-        "(vhostd: the JSON-RPC call, a checkpoint at every 64th or so in it; external: without making "
-        "the file.)",
+        "(vhostd: the JSON-RPC call, a checkpoint at every 64th or so in it; external: without "
+        "making the file.)",
         "",
     ]
     return [*lines, *paper.table(["disk", "snapshots", "ms"], rows)]
@@ -195,8 +195,8 @@ def _first(found: FirstWrites) -> list[str]:
     lines = [
         "## The first write after a snapshot",
         "",
-        "4 KiB at random, depth 32, the same blocks each time; thousand requests a second (medians), "
-        "and ratios to the pass right behind: median (min-max), pairs.",
+        "4 KiB at random, depth 32, the same blocks each time; thousand requests a second "
+        "(medians), and ratios to the pass right behind: median (min-max), pairs.",
         "",
         *paper.table(
             ["disk", "thin", "first after", "again", "thin : again", "first : again"], rows

@@ -5,6 +5,7 @@ reach follows from how much was written between them. For more than a few thousa
 hardly moves it: by about 1/sqrt(blocks).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,12 +41,12 @@ class Sample(msgspec.Struct, frozen=True):
 def reached_blocks(blocks: int, marks: Sequence[int], written: int) -> float:
     """Versions of blocks that a head and its snapshots reach, expected.
 
-    blocks: of the volume, all mapped. marks: blocks written when each snapshot that is still there was
-    taken, ascending. written: until now.
+    blocks: of the volume, all mapped. marks: blocks written when each snapshot that is still there
+    was taken, ascending. written: until now.
     """
     reached = float(blocks)
     ends = [*marks, written]
-    for taken, until in zip(ends, ends[1:], strict=False):
+    for taken, until in itertools.pairwise(ends):
         # The part of blocks that `until - taken` random writes hit at least once.
         reached += blocks * -math.expm1(-(until - taken) / blocks)
     return reached

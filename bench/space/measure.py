@@ -1,9 +1,9 @@
 """Overwrites a volume ten times at random, snapshots rotating, and looks at what the pool takes.
 
-A run: a new volume is filled once; then random 4 KiB writes go on, and each time another part of the
-volume has been written a snapshot is taken and the oldest removed, so that a fixed number is kept.
-Meanwhile the segment files' blocks are counted as `du` does, with vhostd's and the device's counters
-beside. After the load samples go on until nothing changes.
+A run: a new volume is filled once; then random 4 KiB writes go on, and each time another part of
+the volume has been written a snapshot is taken and the oldest removed, so that a fixed number is
+kept. Meanwhile the segment files' blocks are counted as `du` does, with vhostd's and the device's
+counters beside. After the load samples go on until nothing changes.
 """
 
 import time
@@ -181,9 +181,10 @@ class _Run:
 
     def _tell(self, what: str, sample: Sample) -> None:
         self._session.say(
-            f"space: {what}: {sample.du_bytes >> 20} MiB for {sample.reached_bytes >> 20} MiB of live "
-            f"data ({sample.du_bytes / sample.reached_bytes:.2f}), {sample.punched_bytes >> 20} MiB "
-            f"punched so far, {sample.removing} snapshots being removed"
+            f"space: {what}: {sample.du_bytes >> 20} MiB for {sample.reached_bytes >> 20} MiB of "
+            f"live data ({sample.du_bytes / sample.reached_bytes:.2f}), "
+            f"{sample.punched_bytes >> 20} MiB punched so far, {sample.removing} snapshots "
+            "being removed"
         )
 
 

@@ -96,9 +96,10 @@ def markdown(report: Report) -> list[str]:
         f"Space, {report.mode}", report.machine, report.cores, report.versions.get("vhostd")
     )
     lines += [
-        "Usage: blocks of the segment files, as `du` counts them. Live data: versions of blocks that the "
-        "head and the kept snapshots reach, expected from how much was written between them, without "
-        "asking vhostd; a removed snapshot is not live from the moment its removal was asked for.",
+        "Usage: blocks of the segment files, as `du` counts them. Live data: versions of blocks "
+        "that the head and the kept snapshots reach, expected from how much was written between "
+        "them, without asking vhostd; a snapshot is not live from the moment its removal was asked "
+        "for.",
         "",
     ]
     for run in report.found.runs if report.found else []:

@@ -6,53 +6,17 @@ from pathlib import Path
 import msgspec
 
 from bench import loadgen, report
-from bench.machine import Machine
 from bench.matrix import CELLS, Mode
 from bench.runner import Failure, judge
+from tests.unit.bench.made import MACHINE, result
 
 
-def result(requests_per_s: float, *, trip_ns: float = 105.0, busy_s: float = 2.0) -> object:
-    trip = {"median_ns": trip_ns, "min_ns": trip_ns, "max_ns": trip_ns, "samples": 9}
-    return {
-        "workload": "randread",
-        "block_bytes": 4096,
-        "depth": 1,
-        "requests": int(requests_per_s),
-        "bytes": int(requests_per_s) * 4096,
-        "elapsed_s": 1.0,
-        "requests_per_s": requests_per_s,
-        "bytes_per_s": requests_per_s * 4096,
-        "latency_ns": {"mean": 1.0, "p50": 1000, "p99": 2000, "p99_9": 3000, "max": 4000},
-        "errors": {"ioerr": 0, "unsupp": 0, "other": 0},
-        "wrong_used_len": 0,
-        "kicks": 0,
-        "sleeps": 0,
-        "event_idx": True,
-        "cpu": {
-            "backend_ns": 10**9,
-            "backend_ns_per_request": 1e9 / requests_per_s,
-            "frontend_ns": 10**9,
-            "machine_busy_ns": int(busy_s * 1e9),
-            "machine_steal_ns": 0,
-        },
-        "backend_resident_bytes": 10 << 20,
-        "backend_anonymous_bytes": 1 << 20,
-        "round_trip_before": trip,
-        "round_trip_after": trip,
-        "verify": None,
-    }
-
-
-def made(results: dict[str, object]) -> report.Report:
-    runs = [
-        judge(msgspec.convert(raw, loadgen.Result), name, "rd-qd1", 0, dropped=True)
-        for name, raw in results.items()
-    ]
-    machine = Machine("cpu", 2, 1 << 30, True, "6.18", "ext4", "2026-01-01T00:00:00+00:00", "c", 0)
+def made(results: dict[str, loadgen.Result]) -> report.Report:
+    runs = [judge(raw, name, "rd-qd1", 0, dropped=True) for name, raw in results.items()]
     names = dict.fromkeys(results, "1.0")
     mode = Mode("test", CELLS, 1, 1.0, 0.1, 1 << 30)
     failures = [Failure("vhostd", "wr-qd1", 0, "it <broke>")]
-    return report.Report(machine, mode, (0, 1), names, ["spdk"], names, runs, failures)
+    return report.Report(MACHINE, mode, (0, 1), names, ["spdk"], names, runs, failures)
 
 
 def test_ratio_is_told_for_runs_of_like_state() -> None:
@@ -76,7 +40,7 @@ def test_noise_failures_and_absent_peers_are_told() -> None:
 
 def test_quiet_runs_alone_make_a_figure_where_there_are_some() -> None:
     made_report = made({"vhostd": result(100_000), "qsd": result(9)})
-    cpu_thief = msgspec.convert(result(1_000, busy_s=3.9), loadgen.Result)
+    cpu_thief = result(1_000, busy_s=3.9)
     made_report.runs.append(judge(cpu_thief, "vhostd", "rd-qd1", 1, dropped=True))
     text = report.markdown(made_report)
     assert "| vhostd | 100 (100-100) |" in text
