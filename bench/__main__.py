@@ -184,7 +184,7 @@ def _run_snapshots(
             report.failures,
             lambda: first_write.measure(session, scale, peers=peers),
         )
-    failures = list(report.failures)
+    failures = report.failures + (report.creation.failures if report.creation else [])
     for found in (report.throughput, report.first_writes):
         failures += [f"{f.backend} {f.cell}: {f.reason}" for f in (found.failures if found else [])]
     return snapshots_report.write(report, options.results), failures
@@ -199,7 +199,8 @@ def _run_space(options: Options, session: Session) -> tuple[list[Path], list[str
         versions=options.versions(session),
     )
     report.found = _guarded("space", report.failures, lambda: space_measure.measure(session, scale))
-    return space_report.write(report, options.results), report.failures
+    failures = report.failures + (report.found.failures if report.found else [])
+    return space_report.write(report, options.results), failures
 
 
 def _run_maps(options: Options, session: Session) -> tuple[list[Path], list[str]]:
@@ -211,7 +212,8 @@ def _run_maps(options: Options, session: Session) -> tuple[list[Path], list[str]
         versions=options.versions(session),
     )
     report.found = _guarded("maps", report.failures, lambda: maps_measure.measure(session, scale))
-    return maps_report.write(report, options.results), report.failures
+    failures = report.failures + (report.found.failures if report.found else [])
+    return maps_report.write(report, options.results), failures
 
 
 @main.command("snapshots")

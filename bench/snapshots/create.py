@@ -61,10 +61,11 @@ class Creation(msgspec.Struct):
     timings: list[Timing] = []
     stalls: list[Stall] = []
     rounds: int = 0
+    failures: list[str] = []
 
 
 def measure(session: Session, scale: Scale) -> Creation:
-    """Raises BackendError or LoadgenError when nothing can be measured."""
+    """Raises BackendError or LoadgenError when nothing can be measured; later failures are kept."""
     outcome = Creation(scale.volume_bytes)
     directory = session.scratch / "bench-create"
     daemon = Daemon(session.vhostd, directory, core=session.cores[0])
@@ -82,7 +83,12 @@ def measure(session: Session, scale: Scale) -> Creation:
         last_s = 0.0
         while outcome.rounds < scale.create_rounds and session.has_time(outcome.rounds, last_s):
             begin = time.monotonic()
-            _round(session, scale, daemon, outcome)
+            try:
+                _round(session, scale, daemon, outcome)
+            except (BackendError, loadgen.LoadgenError) as error:
+                outcome.failures.append(f"create, round {outcome.rounds + 1}: {error}")
+                session.say(outcome.failures[-1])
+                break
             outcome.rounds += 1
             last_s = time.monotonic() - begin
     finally:

@@ -220,7 +220,7 @@ def markdown(report: Report) -> list[str]:
         lines += _throughput(report.throughput)
     if report.first_writes is not None:
         lines += _first(report.first_writes)
-    failures = list(report.failures)
+    failures = report.failures + (report.creation.failures if report.creation else [])
     for part in (report.throughput, report.first_writes):
         failures += [f"{f.backend} {f.cell}: {f.reason}" for f in (part.failures if part else [])]
     if failures:

@@ -11,6 +11,7 @@ import time
 import msgspec
 
 from bench import loadgen
+from bench.backends import BackendError
 from bench.daemon import Daemon
 from bench.disks import fill_socket
 from bench.session import SECTOR_BYTES, Session, sectors_written, segment_bytes_on_disk
@@ -40,10 +41,11 @@ class Rotation(msgspec.Struct):
 
 class Found(msgspec.Struct):
     runs: list[Rotation] = []
+    failures: list[str] = []
 
 
 def measure(session: Session, scale: Scale) -> Found:
-    """Raises BackendError or LoadgenError."""
+    """What fails is kept in `failures`, and the runs before it."""
     found = Found()
     last_s = 0.0
     for rate in scale.rates:
@@ -51,7 +53,12 @@ def measure(session: Session, scale: Scale) -> Found:
             session.say("space: no time for another run")
             break
         begin = time.monotonic()
-        found.runs.append(_rotate(session, scale, rate))
+        try:
+            found.runs.append(_rotate(session, scale, rate))
+        except (BackendError, loadgen.LoadgenError) as error:
+            found.failures.append(f"space: {error}")
+            session.say(found.failures[-1])
+            break
         last_s = time.monotonic() - begin
     return found
 

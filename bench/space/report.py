@@ -104,8 +104,9 @@ def markdown(report: Report) -> list[str]:
     ]
     for run in report.found.runs if report.found else []:
         lines += _run(run)
-    if report.failures:
-        lines += ["## Failures", "", *(f"- {failure}" for failure in report.failures), ""]
+    failures = report.failures + (report.found.failures if report.found else [])
+    if failures:
+        lines += ["## Failures", "", *(f"- {failure}" for failure in failures), ""]
     return lines
 
 

@@ -50,8 +50,8 @@ def test_each_first_write_is_compared_with_the_pass_behind_it() -> None:
     )
     found = ratio(made, "vhostd", FIRST)
     assert found is not None
-    assert (found.median, found.low, found.high) == (pytest.approx(0.85), 0.8, 0.9)
-    assert found.pairs == 2
+    assert found.median == pytest.approx(0.85)
+    assert (found.low, found.high, found.pairs) == (0.8, 0.9, 2)
     thin = ratio(made, "vhostd", THIN)
     assert thin is not None
     assert (thin.median, thin.pairs) == (0.5, 1)
