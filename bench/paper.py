@@ -50,11 +50,13 @@ def milliseconds(seconds: Iterable[float]) -> str:
     return f"{middle * 1e3:.2f} / {p99 * 1e3:.2f} / {ordered[-1] * 1e3:.2f}"
 
 
-def verdict(value: float, target: float, *, at_least: bool = False) -> str:
-    """Whether a figure reached what was asked of it."""
+def verdict(value: float, target: float, *, at_least: bool = False, noisy: bool = False) -> str:
+    """Whether a figure reached what was asked of it. `noisy`: of runs that others disturbed."""
     reached = value >= target if at_least else value <= target
     sign = "≥" if at_least else "≤"
-    return f"{'reached' if reached else '**missed**'} (asked: {sign} {target:g})"
+    return f"{'reached' if reached else '**missed**'} (asked: {sign} {target:g})" + (
+        "; of **noisy** runs, not to be relied on" if noisy else ""
+    )
 
 
 @dataclass(frozen=True)

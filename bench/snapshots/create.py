@@ -24,6 +24,7 @@ from bench import loadgen
 from bench.backends import BackendError
 from bench.daemon import POOL, Daemon
 from bench.machine import drop_caches
+from bench.runner import judge
 from bench.session import Session
 from bench.snapshots.scale import Scale
 
@@ -51,6 +52,7 @@ class Stall(msgspec.Struct, frozen=True):
     round: int
     snapshots: int
     result: loadgen.Result
+    noise: list[str]
 
 
 class Creation(msgspec.Struct):
@@ -193,7 +195,8 @@ def _stalls(session: Session, scale: Scale, daemon: Daemon, outcome: Creation) -
                 result = background.finish()
             if result.errors.total:
                 raise loadgen.LoadgenError(f"{result.errors.total} requests failed")
-            outcome.stalls.append(Stall(volume, number, taken, result))
+            noise = judge(result, volume, "stall", number, dropped=False).noise
+            outcome.stalls.append(Stall(volume, number, taken, result, noise))
             session.say(
                 f"create: round {number + 1} load on {volume}, {taken} snapshots: longest "
                 f"{result.latency_ns.max / 1e6:.2f} ms"

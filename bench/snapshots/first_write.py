@@ -17,7 +17,7 @@ from bench import loadgen
 from bench.backends import BackendError
 from bench.disks import Disk, QsdDisk, VhostdDisk
 from bench.machine import drop_caches
-from bench.runner import Failure
+from bench.runner import Failure, Run, judge
 from bench.session import Session
 from bench.snapshots.scale import Scale
 
@@ -30,11 +30,9 @@ DEPTH = 32
 class Pass(msgspec.Struct, frozen=True):
     """One pass over the blocks. `cycle` 0: before the first snapshot."""
 
-    disk: str
     kind: str
-    round: int
     cycle: int
-    result: loadgen.Result
+    run: Run
 
 
 class FirstWrites(msgspec.Struct):
@@ -45,28 +43,35 @@ class FirstWrites(msgspec.Struct):
 
 
 class Ratio(msgspec.Struct, frozen=True):
-    """Median, smallest and largest of the ratios of neighbouring passes."""
+    """Median, smallest and largest of the ratios of pairs of runs. `noisy`: no pair was quiet."""
 
     median: float
     low: float
     high: float
     pairs: int
+    noisy: bool
 
 
 def ratio(passes: list[Pass], disk: str, kind: str) -> Ratio | None:
     """Requests a second of `kind` divided by those of the `again` that followed.
 
-    None: there is no pair.
+    Quiet pairs only, when there are some. None: there is no pair.
     """
-    rates = {(p.kind, p.round, p.cycle): p.result.requests_per_s for p in passes if p.disk == disk}
-    ratios = [
-        rate / again
-        for (what, number, cycle), rate in rates.items()
-        if what == kind and (again := rates.get((AGAIN, number, cycle), 0.0)) > 0
+    found = {(p.kind, p.run.round, p.cycle): p.run for p in passes if p.run.backend == disk}
+    pairs = [
+        (run, again)
+        for (what, number, cycle), run in found.items()
+        if what == kind
+        and (again := found.get((AGAIN, number, cycle))) is not None
+        and again.result.requests_per_s > 0
     ]
-    if not ratios:
+    if not pairs:
         return None
-    return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios))
+    quiet = [pair for pair in pairs if not (pair[0].noise or pair[1].noise)]
+    ratios = [
+        run.result.requests_per_s / again.result.requests_per_s for run, again in quiet or pairs
+    ]
+    return Ratio(statistics.median(ratios), min(ratios), max(ratios), len(ratios), not quiet)
 
 
 def measure(session: Session, scale: Scale, *, peers: bool) -> FirstWrites:
@@ -109,7 +114,8 @@ def _passes(session: Session, scale: Scale, disk: Disk, outcome: FirstWrites) ->
             load = ["--workload", "firstwrite", "--depth", str(DEPTH), "--seed", "11"]
             load += ["--requests", str(scale.first_blocks), *session.pinned(live.pid)]
             result = session.load(live.socket, *load)
-            outcome.passes.append(Pass(disk.name, kind, outcome.rounds, cycle, result))
+            run = judge(result, disk.name, kind, outcome.rounds, dropped=False)
+            outcome.passes.append(Pass(kind, cycle, run))
             session.say(
                 f"round {outcome.rounds + 1} {disk.name:16} cycle {cycle} {kind:6} "
                 f"{result.requests_per_s:12,.0f}/s"

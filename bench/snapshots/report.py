@@ -10,7 +10,7 @@ from bench import paper, stats
 from bench.machine import Machine
 from bench.runner import Run
 from bench.snapshots.create import EMPTY, MAPPED, Creation
-from bench.snapshots.first_write import FIRST, THIN, FirstWrites, ratio
+from bench.snapshots.first_write import FIRST, THIN, FirstWrites, Ratio, ratio
 from bench.snapshots.throughput import LOADS, Throughput, ours
 
 __all__ = ["Report", "markdown", "write"]
@@ -85,6 +85,7 @@ def _creation(found: Creation) -> list[str]:
                     f"{p99_9:.2f}",
                     f"{statistics.median(worst) * 1e3:.2f}",
                     f"{max(worst) * 1e3:.2f}",
+                    f"{sum(bool(s.noise) for s in stalls)} of {len(stalls)}",
                 ]
             )
     columns = [
@@ -94,6 +95,7 @@ def _creation(found: Creation) -> list[str]:
         "p99.9 ms",
         "longest ms: median",
         "longest of all",
+        "noisy",
     ]
     return [*lines, *paper.table(columns, rows)]
 
@@ -102,9 +104,9 @@ def _quiet(runs: Sequence[Run]) -> list[Run]:
     return [run for run in runs if not run.noise] or list(runs)
 
 
-def paired(runs: Sequence[Run], subject: str, base: str) -> tuple[float, float, float, int] | None:
-    """Median, lowest and highest ratio of the two within a round, and how many; of rounds in which
-    both are quiet, where there are some, and the machine was in one state."""
+def paired(runs: Sequence[Run], subject: str, base: str) -> Ratio | None:
+    """Ratios of the two within a round, of rounds in which the machine was in one state for both,
+    and quiet, where there are such."""
     rounds = sorted({run.round for run in runs})
     for quiet_only in (True, False):
         ratios = []
@@ -121,8 +123,14 @@ def paired(runs: Sequence[Run], subject: str, base: str) -> tuple[float, float, 
             if theirs.result.requests_per_s > 0:
                 ratios.append(mine.result.requests_per_s / theirs.result.requests_per_s)
         if ratios:
-            return statistics.median(ratios), min(ratios), max(ratios), len(ratios)
+            middle = statistics.median(ratios)
+            return Ratio(middle, min(ratios), max(ratios), len(ratios), not quiet_only)
     return None
+
+
+def _ratio(found: Ratio) -> str:
+    text = f"{found.median:.2f} ({found.low:.2f}-{found.high:.2f})"
+    return f"{text} noisy" if found.noisy else text
 
 
 def _throughput(found: Throughput) -> list[str]:
@@ -147,7 +155,7 @@ def _throughput(found: Throughput) -> list[str]:
             compared = paired(of_cell, disk, base) if disk != base else None
             text = "-" if disk == base else "no like state"
             if compared is not None:
-                text = f"{compared[0]:.2f} ({compared[1]:.2f}-{compared[2]:.2f})"
+                text = _ratio(compared)
             noisy = ", **noisy**" if any(run.noise for run in runs) else ""
             rate_text = f"{rate.median:.1f} ({rate.low:.1f}-{rate.high:.1f})"
             rows.append([disk, rate_text, f"{p99:,.0f}", text, f"{len(runs)}{noisy}"])
@@ -156,8 +164,10 @@ def _throughput(found: Throughput) -> list[str]:
         many = max((n for d, n in found.snapshots.items() if d.startswith("vhostd")), default=0)
         compared = paired(of_cell, ours(many), ours(0)) if many else None
         if compared is not None:
-            reached = paper.verdict(compared[0], MANY_LEAST, at_least=True)
-            lines += [f"vhostd with {many:,}: {compared[0]:.3f}, {reached}", ""]
+            reached = paper.verdict(
+                compared.median, MANY_LEAST, at_least=True, noisy=compared.noisy
+            )
+            lines += [f"vhostd with {many:,}: {compared.median:.3f}, {reached}", ""]
     rows = [
         [disk, f"{found.snapshots[disk]:,}", paper.milliseconds(found.create_s[disk])]
         for disk in found.disks
@@ -175,21 +185,16 @@ def _throughput(found: Throughput) -> list[str]:
 def _first(found: FirstWrites) -> list[str]:
     rows = []
     for disk in found.disks:
-        of_disk = [p for p in found.passes if p.disk == disk]
+        of_disk = [p for p in found.passes if p.run.backend == disk]
         if not of_disk:
             continue
         cells = []
         for kind in (THIN, FIRST):
             compared = ratio(found.passes, disk, kind)
-            cells.append(
-                "-"
-                if compared is None
-                else f"{compared.median:.2f} ({compared.low:.2f}-{compared.high:.2f}), "
-                f"{compared.pairs}"
-            )
+            cells.append("-" if compared is None else f"{_ratio(compared)}, {compared.pairs}")
         rates = []
         for kind in (THIN, FIRST, "again"):
-            values = [p.result.requests_per_s / 1e3 for p in of_disk if p.kind == kind]
+            values = [p.run.result.requests_per_s / 1e3 for p in of_disk if p.kind == kind]
             rates.append(f"{statistics.median(values):.1f}" if values else "-")
         rows.append([disk, *rates, *cells])
     lines = [
@@ -204,7 +209,7 @@ def _first(found: FirstWrites) -> list[str]:
     ]
     compared = ratio(found.passes, "vhostd", FIRST)
     if compared is not None:
-        reached = paper.verdict(compared.median, FIRST_LEAST, at_least=True)
+        reached = paper.verdict(compared.median, FIRST_LEAST, at_least=True, noisy=compared.noisy)
         lines += [f"vhostd, first : again: {compared.median:.3f}, {reached}", ""]
     return lines
 

@@ -5,7 +5,7 @@ import pytest
 from bench.runner import Run, judge
 from bench.snapshots import report
 from bench.snapshots.create import EMPTY, MAPPED, Creation, Stall, Timing
-from bench.snapshots.first_write import AGAIN, FIRST, THIN, FirstWrites, Pass, ratio
+from bench.snapshots.first_write import AGAIN, FIRST, THIN, FirstWrites, Pass, Ratio, ratio
 from bench.snapshots.throughput import LOADS, Throughput, ours
 from tests.unit.bench.made import MACHINE, result
 
@@ -22,19 +22,22 @@ def test_ratios_are_of_one_round_in_one_state() -> None:
         run("many", 3, 10.0, trip_ns=470.0),
         run("none", 3, 100.0),
     ]
-    assert report.paired(runs, "many", "none") == (0.96, 0.9, 1.2, 3)
+    assert report.paired(runs, "many", "none") == Ratio(0.96, 0.9, 1.2, 3, False)
 
 
 def test_noisy_rounds_count_only_where_no_round_was_quiet() -> None:
     quiet = [run("many", 0, 50.0), run("none", 0, 100.0)]
     noisy = [run("many", 1, 100.0, busy_s=3.9), run("none", 1, 100.0)]
-    assert report.paired(quiet + noisy, "many", "none") == (0.5, 0.5, 0.5, 1)
-    assert report.paired(noisy, "many", "none") == (1.0, 1.0, 1.0, 1)
+    assert report.paired(quiet + noisy, "many", "none") == Ratio(0.5, 0.5, 0.5, 1, False)
+    assert report.paired(noisy, "many", "none") == Ratio(1.0, 1.0, 1.0, 1, True)
     assert report.paired(noisy[:1], "many", "none") is None
 
 
 def passes(disk: str, *rates: tuple[str, int, float]) -> list[Pass]:
-    return [Pass(disk, kind, 0, cycle, result(rate)) for kind, cycle, rate in rates]
+    return [
+        Pass(kind, cycle, judge(result(rate), disk, kind, 0, dropped=False))
+        for kind, cycle, rate in rates
+    ]
 
 
 def test_each_first_write_is_compared_with_the_pass_behind_it() -> None:
@@ -65,7 +68,7 @@ def made_report() -> report.Report:
         for volume, seconds in ((EMPTY, 0.001), (MAPPED, 0.002), (MAPPED, 0.009), (MAPPED, 0.001))
     ]
     stalls = [
-        Stall(volume, 0, taken, result(1000, max_ns=3_000_000 + taken))
+        Stall(volume, 0, taken, result(1000, max_ns=3_000_000 + taken), [])
         for volume in (EMPTY, MAPPED)
         for taken in (0, 10)
     ]
