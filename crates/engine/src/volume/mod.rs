@@ -22,6 +22,7 @@ mod note;
 mod open;
 mod read;
 mod reclaim;
+mod rebuild;
 pub mod roots;
 mod space;
 
@@ -34,6 +35,9 @@ pub use checkpoint::{CheckpointResult, CheckpointState};
 pub use dead::{DeadSet, DeadSetError};
 pub use note::{FoundSnapshot, MAX_PENDING_SNAPSHOTS, NewSnapshot, NotedAt, Parent, SnapshotRoot};
 pub use open::{VolumeSpec, open};
+pub use rebuild::{
+    RebuildError, RebuildSpec, RebuiltSegment, RebuiltSnapshot, RebuiltVolume, rebuild,
+};
 pub use space::{SegmentRow, SpaceTotals};
 
 pub use crate::log::{LogPosition, Now};
