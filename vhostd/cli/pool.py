@@ -1,4 +1,4 @@
-"""`vhostctl pool`: create, open, close, list, info, set, destroy."""
+"""`vhostctl pool`: create, open, close, list, info, set, destroy; `rebuild` has another."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from vhostd.cli.common import (
     show_size,
     show_table,
 )
+from vhostd.cli.rebuild import rebuild_catalog
 from vhostd.cli.settings import parse_settings, percent, size_or_none
 from vhostd.errors import UsageError
 from vhostd.storage.names import check_name
@@ -30,6 +31,9 @@ def pool() -> None:
 
     A pool is a directory with a catalog and segments. It is open in one daemon at a time.
     """
+
+
+pool.add_command(rebuild_catalog)
 
 
 @pool.command()

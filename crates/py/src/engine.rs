@@ -18,6 +18,7 @@ use vhostd_engine::worker::{Event, Events, WorkerConfig, WorkerHandle};
 use crate::convert::{ParentSnapshot, Row, State, found_dict, uuid};
 use crate::device::Device;
 use crate::errors::{Failure, Kind, os};
+use crate::rebuild;
 use crate::roots::{self, OnDevice};
 use crate::volume::{Opened, Volume};
 
@@ -435,6 +436,53 @@ impl Engine {
         others: Vec<Vec<u8>>,
     ) -> PyResult<(u64, u64)> {
         roots::release_exclusive(py, volume, root, &others)
+    }
+
+    #[expect(clippy::too_many_arguments, reason = "keywords in Python")]
+    #[pyo3(signature = (
+        device, *, volume_uuid, name, size_bytes, logical_block_bytes, epoch, segments, snapshots,
+        rollbacks, unmaps, origin = Vec::new(),
+    ))]
+    fn rebuild_volume<'py>(
+        &self,
+        py: Python<'py>,
+        device: &Device,
+        volume_uuid: &[u8],
+        name: String,
+        size_bytes: u64,
+        logical_block_bytes: u32,
+        epoch: u64,
+        segments: Vec<u64>,
+        snapshots: Vec<(Vec<u8>, u64)>,
+        rollbacks: Vec<(u64, u64)>,
+        unmaps: Vec<(u64, u32, u64)>,
+        origin: Vec<u8>,
+    ) -> PyResult<Bound<'py, PyDict>> {
+        let volume = uuid(volume_uuid, "volume_uuid")?;
+        check_shape(&name, size_bytes, logical_block_bytes)?;
+        if !Arc::ptr_eq(&device.shared, &self.shared) {
+            return Err(Failure::usage("the device was opened by another engine").into());
+        }
+        if self.shared.device_of(volume).is_some() {
+            let text = format!("volume '{name}' is open; close it first");
+            return Err(Failure::new(Kind::Busy, text).into());
+        }
+        let request = rebuild::Request {
+            device: device.id,
+            volume,
+            name,
+            size_bytes,
+            logical_block_bytes,
+            epoch,
+            segments,
+            snapshots,
+            rollbacks,
+            unmaps,
+            origin,
+            map_cache_bytes: self.shared.map_budget.share_bytes(),
+        };
+        let rebuilt = rebuild::run(py, &device.open()?, request)?;
+        rebuild::dict(py, &rebuilt)
     }
 
     fn stats<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {

@@ -85,7 +85,7 @@ impl From<Failure> for PyErr {
     }
 }
 
-fn io_kind(error: &io::Error) -> Kind {
+pub fn io_kind(error: &io::Error) -> Kind {
     match error.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => Kind::NoSpace,
         io::ErrorKind::NotFound => Kind::NotFound,

@@ -13,6 +13,7 @@ mod engine;
 mod errors;
 mod export;
 mod fds;
+mod rebuild;
 mod roots;
 mod volume;
 

@@ -33,10 +33,12 @@ use crate::map::{CheckpointProgress, Displaced, Map, NeedNode, NodeLocation};
 use crate::segment::{
     EntryKind, Note, NotedUnmap, PlacedEntry, RecordSummary, SegmentHeader, SegmentKind,
 };
-use crate::types::{Address, BLOCK_BYTES, BlockNumber, Epoch, SegmentNumber, Uuid};
+use crate::types::{Address, BLOCK_BYTES, BlockNumber, Epoch, SegmentNumber, Sequence, Uuid};
 
 /// Bytes of nodes written in one operation.
 const BATCH_BYTES: u32 = 1 << 20;
+/// Every record was durable.
+const ALL: Sequence = Sequence(u64::MAX);
 /// Sentences about damage that are kept; the rest is counted.
 const MAX_LOST: usize = 1000;
 
@@ -280,17 +282,23 @@ impl Rebuild {
         for number in numbers {
             glances.push(segments::glance(io, &owner, number)?);
         }
-        let durable = durable_segments(&glances);
+        // Records of segments before the tail were all durable; in the tail, records tell.
+        let tail = durable_segments(&glances);
+        let mut durable = Sequence::default();
+        for glance in &glances[tail..] {
+            durable = durable.max(segments::durable_sequence(io, &owner, glance)?);
+        }
         for (index, glance) in glances.iter().enumerate() {
             let chain = Chain {
                 sequence: self.end.sequence,
                 checksum: self.end.record_checksum,
             };
-            let contents = segments::read(io, &owner, glance, index < durable, chain)?;
+            let durable = if index < tail { ALL } else { durable };
+            let contents = segments::read(io, &owner, glance, durable, chain)?;
             if !contents.goes_on {
                 break;
             }
-            self.take_segment(io, glance, index < durable, contents)?;
+            self.take_segment(io, glance, index < tail, contents)?;
         }
         Ok(())
     }

@@ -1,11 +1,11 @@
 //! Reading log segments that may be damaged, one at a time, for what their records say.
 //!
 //! The footer speaks for its segment. Without a readable one, records are taken by their headers:
-//! - In a segment that was durable once (its row in the log says so: a sealed or a newer opening's
-//!   segment comes behind it), data that does not match is not the end: it is damaged, or it was punched
-//!   since nothing reached it. Behind a header that cannot be read the next one is searched.
-//! - In the log's unsealed tail, records are valid only with their data, and each follows on the one
-//!   before, as in recovery: what is taken is a prefix.
+//! - What was durable once (a sealed segment, or one of a newer opening, comes behind it, or a record says
+//!   so) is taken whether its data matches or not: that is damaged, or it was punched since nothing
+//!   reached it. Behind a header that cannot be read the next one is searched.
+//! - Behind that, records are valid only with their data, and each follows on the one before, as in
+//!   recovery: what is taken is a prefix.
 //!
 //! Nothing is changed. Damage of data blocks is not looked for: a read will tell it.
 
@@ -101,13 +101,35 @@ fn is_bad_sector(error: &io::Error) -> bool {
     error.raw_os_error() == Some(libc::EIO)
 }
 
-/// Reads what the records of a segment say. `durable`: all of it was durable once. `chain`: the end of
-/// the log before it.
+/// Up to which record the log was durable, as the records of a segment without a footer tell.
+pub(super) fn durable_sequence(
+    io: &mut BlockingIo<'_>,
+    owner: &Owner,
+    glance: &Glance,
+) -> Result<Sequence, RebuildError> {
+    let mut scan = Scan::new(owner, glance);
+    let mut durable = Sequence::default();
+    let mut at = 1;
+    while at < scan.end_blocks {
+        at += match scan.record(io, at)? {
+            Some(record) => {
+                scan.epoch = record.identity.epoch;
+                durable = durable.max(record.durable);
+                1 + record.data_blocks
+            }
+            None => 1,
+        };
+    }
+    Ok(durable)
+}
+
+/// Reads what the records of a segment say. `durable`: the log was durable up to this record. `chain`:
+/// the end of the log before the segment.
 pub(super) fn read(
     io: &mut BlockingIo<'_>,
     owner: &Owner,
     glance: &Glance,
-    durable: bool,
+    durable: Sequence,
     chain: Chain,
 ) -> Result<Contents, RebuildError> {
     let number = glance.number;
@@ -132,25 +154,7 @@ pub(super) fn read(
             "segment {number} has a damaged footer; its records were read instead"
         ));
     }
-    // A trailer is written when everything before it is durable.
-    let durable = durable || glance.trailer.is_some();
-    let mut scan = Scan {
-        owner,
-        number,
-        epoch: glance.epoch,
-        // The footer of a segment that has one takes the end.
-        end_blocks: glance
-            .trailer
-            .map_or((owner.segment_bytes / BLOCK) as u32, |trailer| {
-                trailer.end_blocks
-            }),
-        window: Window::new(number, owner.segment_bytes),
-    };
-    let records = if durable {
-        scan.durable(io, chain, &mut lost)?
-    } else {
-        scan.tail(io, chain)?
-    };
+    let records = Scan::new(owner, glance).run(io, durable, chain, &mut lost)?;
     let last = records.last().map(|r| r.sequence);
     if let Some(trailer) = &glance.trailer
         && last.is_none_or(|last| last < trailer.last_sequence)
@@ -161,7 +165,7 @@ pub(super) fn read(
         ));
     }
     Ok(Contents {
-        goes_on: durable || !records.is_empty(),
+        goes_on: !records.is_empty() || chain.sequence < durable,
         records,
         lost,
     })
@@ -176,24 +180,41 @@ struct Scan<'a> {
     window: Window,
 }
 
-impl Scan<'_> {
-    /// All records that can be read, in the order of their sequence numbers.
-    fn durable(
+impl<'a> Scan<'a> {
+    fn new(owner: &'a Owner, glance: &Glance) -> Self {
+        let segment_blocks = (owner.segment_bytes / BLOCK) as u32;
+        Self {
+            owner,
+            number: glance.number,
+            epoch: glance.epoch,
+            // What lies behind is the footer.
+            end_blocks: glance.trailer.map_or(segment_blocks, |t| t.end_blocks),
+            window: Window::new(glance.number, owner.segment_bytes),
+        }
+    }
+
+    fn run(
         &mut self,
         io: &mut BlockingIo<'_>,
-        chain: Chain,
+        durable: Sequence,
+        mut chain: Chain,
         lost: &mut Vec<String>,
     ) -> Result<Vec<RecordSummary>, RebuildError> {
         let mut records: Vec<RecordSummary> = Vec::new();
-        let mut last = chain.sequence;
         let mut at = 1;
         let mut bad_from: Option<u32> = None;
         while at < self.end_blocks {
-            let record = self.record(io, at)?.filter(|record| {
+            let record = match self.record(io, at)? {
                 // Data of a guest may look like a record; it is not the next one.
-                record.identity.sequence > last
-            });
+                Some(record) if record.identity.sequence <= chain.sequence => None,
+                Some(record) if record.identity.sequence <= durable => Some(record),
+                Some(record) if self.is_next(io, at, &record, durable, chain)? => Some(record),
+                _ => None,
+            };
             let Some(record) = record else {
+                if chain.sequence >= durable {
+                    break;
+                }
                 bad_from.get_or_insert(at);
                 at += 1;
                 continue;
@@ -202,7 +223,10 @@ impl Scan<'_> {
                 lost.push(self.lost_records(first, at));
             }
             self.epoch = record.identity.epoch;
-            last = record.identity.sequence;
+            chain = Chain {
+                sequence: record.identity.sequence,
+                checksum: record.header_checksum,
+            };
             at += 1 + record.data_blocks;
             records.push(RecordSummary::from(record));
         }
@@ -213,6 +237,26 @@ impl Scan<'_> {
             lost.push(self.lost_records(first, self.end_blocks));
         }
         Ok(records)
+    }
+
+    /// A record that nothing says was durable: is it whole, and the one that follows?
+    fn is_next(
+        &mut self,
+        io: &mut BlockingIo<'_>,
+        at: u32,
+        record: &Record,
+        durable: Sequence,
+        chain: Chain,
+    ) -> Result<bool, RebuildError> {
+        let identity = &record.identity;
+        let follows = if chain.sequence >= durable && chain.sequence.0 > 0 {
+            identity.sequence == chain.sequence.plus(1)
+                && identity.previous_checksum == chain.checksum
+        } else {
+            // The one before it is damaged; or all before are gone, since nothing in them was live.
+            durable.0 == 0 || identity.sequence == durable.plus(1)
+        };
+        Ok(follows && self.data_matches(io, at, record)?)
     }
 
     fn lost_records(&self, first: u32, end: u32) -> String {
@@ -226,37 +270,6 @@ impl Scan<'_> {
     fn has_magic(&mut self, io: &mut BlockingIo<'_>, at: u32) -> Result<bool, RebuildError> {
         let block = self.window.blocks(io, at, 1)?;
         Ok(block.is_some_and(|block| block.starts_with(b"VHRC")))
-    }
-
-    /// The records that are valid, up to the first that is not.
-    fn tail(
-        &mut self,
-        io: &mut BlockingIo<'_>,
-        mut chain: Chain,
-    ) -> Result<Vec<RecordSummary>, RebuildError> {
-        let mut records = Vec::new();
-        let mut at = 1;
-        while at < self.end_blocks {
-            let Some(record) = self.record(io, at)? else {
-                break;
-            };
-            let identity = record.identity;
-            // The segments before may be gone since nothing in them was live.
-            let joined = chain.sequence.0 == 0
-                || (identity.sequence == chain.sequence.plus(1)
-                    && identity.previous_checksum == chain.checksum);
-            if !joined || !self.data_matches(io, at, &record)? {
-                break;
-            }
-            self.epoch = identity.epoch;
-            chain = Chain {
-                sequence: identity.sequence,
-                checksum: record.header_checksum,
-            };
-            at += 1 + record.data_blocks;
-            records.push(RecordSummary::from(record));
-        }
-        Ok(records)
     }
 
     /// The record whose header is at this block.
