@@ -246,13 +246,16 @@ class Engine:
 
 class RebuiltVolume(TypedDict):
     """What `Engine.rebuild_volume` made. lost: damage found in segments, as sentences; blocks whose
-    record cannot be read are in no map. segments: all rows of the volume, map segments included."""
+    record cannot be read are in no map. lost_records: places where that is so, or where unmaps may be
+    missing. segments: all rows of the volume, map segments included; log segments behind the log's end
+    are not among them."""
 
     state: CheckpointState
     mapped_blocks: int
     snapshots: list[SnapshotRoot]
     segments: list[SegmentRow]
     lost: list[str]
+    lost_records: int
 
 @final
 class Device:

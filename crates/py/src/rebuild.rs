@@ -123,6 +123,7 @@ pub fn dict<'py>(py: Python<'py>, rebuilt: &RebuiltVolume) -> PyResult<Bound<'py
     dict.set_item("snapshots", snapshots)?;
     dict.set_item("segments", segments)?;
     dict.set_item("lost", &rebuilt.lost)?;
+    dict.set_item("lost_records", rebuilt.lost_records)?;
     Ok(dict)
 }
 

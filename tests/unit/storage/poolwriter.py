@@ -441,7 +441,7 @@ class VolumeWriter:
             self,
             UUID(bytes=self.pool.random.randbytes(16)),
             None,
-            self.segments[-1].number << 13 | self.segments[-1].end + 1,
+            self.segments[-1].number << 13 | self.segments[-1].end,
             self.size_bytes,
             dict(self.mapping),
             self.parent,
@@ -452,9 +452,9 @@ class VolumeWriter:
         self.snapshots.append(old)
         self.mapping, self.parent = dict(snapshot.mapping), snapshot
         self.reopen()
-        # Its note is the first thing that is appended: the new line begins there.
+        # The new line begins in a new segment.
         last = self.segments[-1]
-        self.rollbacks.append((max(old.position, last.number << 13 | last.end), snapshot.position))
+        self.rollbacks.append((last.number << 13 | last.end, snapshot.position))
         self._write_rows()
         self.note_state()
         self.checkpoint()

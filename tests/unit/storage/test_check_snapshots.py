@@ -277,18 +277,25 @@ LIES: list[tuple[Callable[[PoolWriter, VolumeWriter], None], str, str]] = [
     (
         sql("UPDATE snapshots SET position = position + 1 WHERE name = 'base'"),
         "error",
-        "snapshot-position",
+        "snapshot-differs",
     ),
     (
         sql("UPDATE snapshots SET name = 'renamed' WHERE name = 'base'"),
-        "warning",
-        "snapshot-not-noted",
+        "error",
+        "snapshot-differs",
+    ),
+    (
+        sql("UPDATE snapshots SET uuid = zeroblob(16) WHERE name = 'base'"),
+        "error",
+        "note-without-snapshot",
     ),
     (
         sql("UPDATE snapshots SET uuid = zeroblob(16) WHERE name = 'base'"),
         "warning",
-        "note-without-snapshot",
+        "snapshot-not-noted",
     ),
+    (sql("UPDATE volumes SET name = 'toor' WHERE name = 'root'"), "error", "volume-differs"),
+    (sql("UPDATE volumes SET size_bytes = 4096"), "error", "volume-differs"),
     (
         sql("INSERT INTO rollbacks SELECT id, 90000, 80000 FROM volumes"),
         "warning",

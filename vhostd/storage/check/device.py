@@ -361,7 +361,7 @@ class _DeviceCheck:
             self._advance()
         log.finish()
         log.notes.compare(volume)
-        live.tell_differences(log.suspects, log_rows)
+        live.tell_differences(log.suspects, log_rows, log.bad_data if self._data else None)
         _tell_bad_data(log.bad_data, live, volume, findings)
         return findings, report
 

@@ -48,10 +48,10 @@ from vhostd.storage.format import (
     parse_trailer,
 )
 
-__all__ = ["BadData", "LogCheck", "Suspect"]
+__all__ = ["MAX_BAD_DATA", "BadData", "LogCheck", "Suspect"]
 
 MAX_SUSPECTS = 64
-MAX_BAD_DATA = 1000
+MAX_BAD_DATA = 100_000
 NO_CHECKPOINT = CatalogCheckpoint(b"", 0, 0, 0, 0, 0, 0)
 
 REOPEN = "open the volume once: recovery ends the log there"

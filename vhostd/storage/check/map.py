@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from vhostd.storage.check.files import SegmentFiles
 from vhostd.storage.check.live import LiveBlocks
-from vhostd.storage.check.log import Suspect
+from vhostd.storage.check.log import MAX_BAD_DATA, BadData, Suspect
 from vhostd.storage.check.place import REBUILD, REPORT, VolumeIdentity, check_header
 from vhostd.storage.check.report import CheckSummary, Findings, VolumeReport
 from vhostd.storage.check.tree import Forest, Root, Target
@@ -29,6 +29,7 @@ from vhostd.storage.format import (
     MapRun,
     NodeLocation,
     Place,
+    crc32c,
     node_span_blocks,
     parse_dead_nodes,
 )
@@ -168,12 +169,19 @@ class MapCheck:
             self._compare_dead(number, row)
 
     def tell_differences(
-        self, suspects: Mapping[int, Suspect], log_rows: Mapping[int, CatalogSegment]
+        self,
+        suspects: Mapping[int, Suspect],
+        log_rows: Mapping[int, CatalogSegment],
+        bad_data: list[BadData] | None,
     ) -> None:
-        """Walks again, to tell which blocks of the suspected segments differ from their records."""
+        """Walks again, to tell which blocks of the suspected segments differ from their records.
+
+        bad_data: gets blocks that no readable record has, and that do not match the map's checksum;
+        None: data is not read.
+        """
         if not suspects:
             return
-        again = _Differences(suspects, self._findings)
+        again = _Differences(suspects, self._findings, self._files, bad_data)
         rows = {
             row.number: row
             for volume in (self._volume, *self._family.ancestors, *self._family.clones)
@@ -403,9 +411,18 @@ class _CloneSink:
 class _Differences:
     """Tells which blocks differ from their records."""
 
-    def __init__(self, suspects: Mapping[int, Suspect], findings: Findings) -> None:
+    def __init__(
+        self,
+        suspects: Mapping[int, Suspect],
+        findings: Findings,
+        files: SegmentFiles,
+        bad_data: list[BadData] | None,
+    ) -> None:
         self._suspects = suspects
         self._findings = findings
+        self._files = files
+        self._bad_data = bad_data
+        self._read: set[tuple[int, int]] = set()
         self.explained: set[int] = set()
 
     def node(self, location: NodeLocation) -> None:
@@ -426,6 +443,7 @@ class _Differences:
                 continue
             self.explained.add(run.segment)
             if suspect.blocks[at] == Suspect.unknown:
+                self._check_data(run.segment, at, block, checksum)
                 text = "where no record covered by the checkpoint has data"
             elif suspect.blocks[at] != block:
                 text = f"where a record has block {suspect.blocks[at]}"
@@ -445,6 +463,18 @@ class _Differences:
                 volume_offset_bytes=block * BLOCK_BYTES,
                 length_bytes=BLOCK_BYTES,
             )
+
+    def _check_data(self, segment: int, at: int, block: int, checksum: int) -> None:
+        if self._bad_data is None or (segment, at) in self._read:
+            return
+        self._read.add((segment, at))
+        file = self._files.get(segment)
+        try:
+            matches = crc32c(file.read_blocks(at)) == checksum
+        except OSError:
+            matches = False
+        if not matches and len(self._bad_data) < MAX_BAD_DATA:
+            self._bad_data.append(BadData(file.path, segment, at, block, 1))
 
 
 def _name(volume: CatalogVolume, snapshot: str | None) -> str:

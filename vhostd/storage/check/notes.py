@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from vhostd.storage.check.files import SegmentFile
-from vhostd.storage.check.place import RESTORE
 from vhostd.storage.check.report import Findings
 from vhostd.storage.format import (
     BLOCK_BYTES,
@@ -32,6 +31,9 @@ __all__ = ["NoteCheck"]
 
 NOTE_AGAIN = (
     "open the volume and take or rename a snapshot: that notes all of them again at the log's end"
+)
+WRONG_CATALOG = (
+    "close the pool and run `vhostctl check --repair`: the log has a checksum, the catalog has none"
 )
 
 
@@ -134,20 +136,15 @@ class NoteCheck:
                         "would be lost with the catalog",
                         NOTE_AGAIN,
                     )
-            elif noted.position != snapshot.position:
+            elif noted.position != snapshot.position or (
+                volume.state_noted and noted.name != snapshot.name
+            ):
                 self._findings.add(
                     "error",
-                    "snapshot-position",
+                    "snapshot-differs",
                     f"snapshot {volume.name}@{snapshot.name} is at position {snapshot.position} in "
-                    f"the catalog, and at {noted.position} in the log",
-                    RESTORE,
-                )
-            elif volume.state_noted and noted.name != snapshot.name:
-                self._findings.add(
-                    "warning",
-                    "snapshot-not-noted",
-                    f"snapshot {volume.name}@{snapshot.name} is called {noted.name} in the log",
-                    NOTE_AGAIN,
+                    f"the catalog; in the log it is {noted.name} at {noted.position}",
+                    WRONG_CATALOG,
                 )
 
     def _compare_state(self, volume: CatalogVolume) -> None:
@@ -156,13 +153,15 @@ class NoteCheck:
             # Those behind the checkpoint are found when the volume is opened.
             if uuid not in known and noted.covered:
                 self._findings.add(
-                    "warning",
+                    "error",
                     "note-without-snapshot",
                     f"the log has snapshot {noted.name} ({uuid}) of volume {volume.name}, and the "
                     "catalog has not",
-                    NOTE_AGAIN,
+                    WRONG_CATALOG,
                 )
         state = self._state
+        if state is not None:
+            self._compare_volume(volume, state)
         rollbacks = {(r.position, r.to) for r in state.rollbacks} if state else set()
         missing = set(volume.rollbacks) - rollbacks
         origin = (state.origin.volume, state.origin.snapshot) if state and state.origin else None
@@ -175,6 +174,25 @@ class NoteCheck:
                 "cannot be rebuilt",
                 NOTE_AGAIN,
             )
+
+    def _compare_volume(self, volume: CatalogVolume, state: VolumeState) -> None:
+        noted = state.volume
+        lacking = {(r.position, r.to) for r in state.rollbacks} - set(volume.rollbacks)
+        pairs = (
+            ("name", volume.name, noted.name),
+            ("size", volume.size_bytes, noted.size_bytes),
+            ("logical block", volume.logical_block_bytes, noted.logical_block_bytes),
+            ("list of rollbacks", len(volume.rollbacks), len(volume.rollbacks) + len(lacking)),
+        )
+        for what, found, wanted in pairs:
+            if found != wanted:
+                self._findings.add(
+                    "error",
+                    "volume-differs",
+                    f"the {what} of volume {volume.name} is {found} in the catalog, and {wanted} "
+                    "in the log",
+                    WRONG_CATALOG,
+                )
 
 
 def _check_sums(data: bytes, checksums: bytes, place: Place) -> None:

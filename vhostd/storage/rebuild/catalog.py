@@ -100,6 +100,12 @@ def rebuild_catalog(
     _refuse_whole(directory, force)
     found = survey(directory, progress)
     superblock = _superblock(directory, found, name)
+    if found.segments and not found.volumes:
+        raise DamagedError(
+            f"{directory}: none of its {found.segments} segments is of pool {superblock.pool}, "
+            "which the superblock names; put back the superblock that belongs here, or remove the "
+            "file to have it made from the segments"
+        )
     report = Report(
         path=str(directory),
         pool=superblock.pool_name,
@@ -115,6 +121,7 @@ def rebuild_catalog(
         ],
     )
     plans = in_order(_plan(volume, report) for volume in found.volumes.values())
+    _find_origins(plans, found)
     _make_names_unique(plans, report)
     if found.superblock is None:
         report.actions.append(f"write a new superblock of pool {superblock.pool_name}")
@@ -267,6 +274,14 @@ def _plan(volume: FoundVolume, report: Report) -> VolumePlan:
                 note.uuid, note.uuid, note.name, position, note.size_bytes, note.created_ns
             ),
         )
+    for position in volume.lost_notes:
+        # It may have been a snapshot's; if not, nobody reads it.
+        if position > volume.state_position and position not in snapshots:
+            uuid = uuid_module.uuid4()
+            size = 0 if header is None else header.size_bytes
+            snapshots[position] = SnapshotPlan(
+                uuid, uuid, f"recovered-{position:x}", position, max(size, 4096), 0
+            )
     logical = 4096 if header is None else header.logical_block_bytes
     size_bytes = DEFAULT_SIZE_BYTES if header is None else header.size_bytes
     serial, created_ns = volume.uuid.hex[:20], 0 if header is None else header.created_ns
@@ -298,6 +313,31 @@ def _plan(volume: FoundVolume, report: Report) -> VolumePlan:
         origin=(origin.volume, origin.snapshot) if origin is not None else None,
         notes=list(volume.problems),
     )
+
+
+def _find_origins(plans: list[VolumePlan], found: Survey) -> None:
+    """Adds snapshots that only their clones know of any more: the note of them is damaged."""
+    by_uuid = {plan.uuid: plan for plan in plans}
+    for plan in plans:
+        state = found.volumes[plan.uuid].state
+        if state is None or state.origin is None:
+            continue
+        noted = state.origin
+        origin = by_uuid.get(noted.volume)
+        if origin is None or any(s.uuid == noted.snapshot for s in origin.snapshots):
+            continue
+        origin.snapshots = [s for s in origin.snapshots if s.position != noted.position]
+        origin.snapshots.append(
+            SnapshotPlan(
+                noted.snapshot,
+                noted.snapshot,
+                f"recovered-{noted.position:x}",
+                noted.position,
+                plan.size_bytes,
+                0,
+            )
+        )
+        origin.snapshots.sort(key=lambda s: s.position)
 
 
 def _make_names_unique(plans: list[VolumePlan], report: Report) -> None:

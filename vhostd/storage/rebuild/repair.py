@@ -75,6 +75,18 @@ OF_MAPS = frozenset(
 )
 """Findings that new maps are the answer to."""
 
+WRONG_CATALOG = frozenset(
+    {
+        "catalog",
+        "catalog-old",
+        "note-without-snapshot",
+        "snapshot-differs",
+        "superblock-differs",
+        "volume-differs",
+    }
+)
+"""Findings that a new catalog is the answer to."""
+
 
 def repair(
     directory: Path,
@@ -95,9 +107,9 @@ def repair(
     before = check_device(directory, volume=volume, progress=progress)
     codes = {finding.code for finding in before.findings if finding.severity == "error"}
     report = Report(path=str(directory), pool=before.pool or "", pool_uuid=before.pool_uuid or "")
-    if codes & {"catalog", "catalog-old"}:
-        # An old copy does not know what was written since; the segments do.
-        report = rebuild_catalog(directory, engine, force="catalog-old" in codes, progress=progress)
+    if codes & WRONG_CATALOG:
+        # SQLite has no checksums; the log has, and what it says is as new as the catalog.
+        report = rebuild_catalog(directory, engine, force=True, progress=progress)
     else:
         catalog = read_catalog(directory, in_use=False)
         if "superblock" in codes:
@@ -194,6 +206,16 @@ def _repair_volumes(
             db.execute("UPDATE pool SET next_segment = ?", (next_segment,))
             results, outcomes = rebuild_maps(engine, device, plans, roots)
             report.volumes += outcomes
+            for plan, outcome in zip(plans, outcomes, strict=True):
+                rebuilt = results.get(plan.uuid)
+                if rebuilt is not None and rebuilt["lost_records"]:
+                    # Whatever is wrong with the old maps, they may have what these would lack.
+                    outcome.failed = (
+                        f"its log is damaged too, in {rebuilt['lost_records']} places: new maps "
+                        "would lack what the records there held; the old ones were kept. Export "
+                        "what can be read of it"
+                    )
+                    del results[plan.uuid]
             plans = without_families(plans, {p.uuid for p in plans if p.uuid not in results})
             db.execute("BEGIN IMMEDIATE")
             for plan in plans:
@@ -227,6 +249,7 @@ def _plan(volume: CatalogVolume, found: Survey) -> VolumePlan:
     """What the catalog says is there; segments and unmaps are what the device has."""
     on_device = found.volumes.get(volume.uuid)
     rows = {row.number for row in volume.segments if row.kind == KIND_LOG}
+    maps = {row.number for row in volume.segments if row.kind == KIND_MAP}
     point = volume.checkpoint.segment if volume.checkpoint is not None else 0
     # One that the catalog does not name and the checkpoint covers is left over from a removal.
     logs = [n for n in (on_device.logs if on_device else ()) if n in rows or n > point]
@@ -239,7 +262,7 @@ def _plan(volume: CatalogVolume, found: Survey) -> VolumePlan:
         created_ns=0,
         epoch=volume.epoch,
         logs=sorted(logs),
-        maps=sorted(on_device.maps if on_device else ()),
+        maps=sorted(maps | set(on_device.maps if on_device else ())),
         snapshots=[
             SnapshotPlan(
                 s.uuid, s.guid, s.name or "", s.position, s.size_bytes, s.created_ns, s.protected

@@ -54,7 +54,8 @@ class FoundVolume:
     """A volume as its segments tell of it.
 
     header: of the newest segment that has a readable one. state: the newest that is noted;
-    snapshots: noted behind it, by position. epoch: the newest.
+    snapshots: noted behind it, by position. lost_notes: positions of notes of one block that cannot
+    be read. epoch: the newest.
     """
 
     uuid: UUID
@@ -66,6 +67,7 @@ class FoundVolume:
     state_position: int = 0
     snapshots: dict[int, SnapshotNote] = field(default_factory=dict)
     unmaps: list[Unmap] = field(default_factory=list)
+    lost_notes: list[int] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     parts: StateParts = field(default_factory=StateParts)
 
@@ -261,6 +263,8 @@ class _Segment:
                 volume.unmaps.extend(note.unmaps)
         except (FormatError, OSError) as error:
             volume.problems.append(str(error))
+            if count == 1:
+                volume.lost_notes.append(position)
 
 
 def _check_sums(data: bytes, checksums: bytes, place: Place) -> None:

@@ -101,6 +101,9 @@ pub struct RebuiltVolume {
     pub segments: Vec<RebuiltSegment>,
     /// Damage of the log, as sentences.
     pub lost: Vec<String>,
+    /// Places where records, or notes that may have been unmaps, cannot be read: these maps lack what
+    /// they held.
+    pub lost_records: u32,
 }
 
 /// Why a volume cannot be rebuilt. Nothing was changed.
@@ -184,6 +187,7 @@ struct Rebuild {
     end: LogPosition,
     lost: Vec<String>,
     more_lost: u64,
+    lost_records: u32,
 }
 
 impl Rebuild {
@@ -222,6 +226,7 @@ impl Rebuild {
             end: LogPosition::default(),
             lost: Vec::new(),
             more_lost: 0,
+            lost_records: 0,
             spec,
         })
     }
@@ -264,6 +269,7 @@ impl Rebuild {
             snapshots,
             segments,
             lost: std::mem::take(&mut self.lost),
+            lost_records: self.lost_records,
         })
     }
 
@@ -311,6 +317,7 @@ impl Rebuild {
         contents: Contents,
     ) -> Result<(), RebuildError> {
         let number = glance.number;
+        self.lost_records += contents.lost_records;
         for sentence in contents.lost {
             self.lose(sentence);
         }
@@ -330,6 +337,7 @@ impl Rebuild {
             log.used_blocks = self.end.end_blocks;
         }
         if contents.records.is_empty() {
+            self.lost_records += 1;
             self.lose(format!(
                 "segment {number}: none of its records can be read; what they held is in no map"
             ));
@@ -380,6 +388,8 @@ impl Rebuild {
                         // What it was is not known, so that it is taken for all that it may be.
                         log.notes += entry.count;
                         log.unmaps += 1;
+                        let known = self.spec.snapshots.iter().any(|s| s.1 == position);
+                        self.lost_records += u32::from(!known);
                         self.lose(error.to_string());
                     }
                 },

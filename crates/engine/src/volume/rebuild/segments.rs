@@ -51,6 +51,8 @@ pub(super) struct Contents {
     pub records: Vec<RecordSummary>,
     /// Damage, as sentences.
     pub lost: Vec<String>,
+    /// Places where records cannot be read.
+    pub lost_records: u32,
     /// The log goes on behind it. False: it ended in this segment.
     pub goes_on: bool,
 }
@@ -143,6 +145,7 @@ pub(super) fn read(
                     return Ok(Contents {
                         records,
                         lost,
+                        lost_records: 0,
                         goes_on: true,
                     });
                 }
@@ -154,6 +157,7 @@ pub(super) fn read(
             "segment {number} has a damaged footer; its records were read instead"
         ));
     }
+    let told = lost.len();
     let records = Scan::new(owner, glance).run(io, durable, chain, &mut lost)?;
     let last = records.last().map(|r| r.sequence);
     if let Some(trailer) = &glance.trailer
@@ -165,6 +169,7 @@ pub(super) fn read(
         ));
     }
     Ok(Contents {
+        lost_records: (lost.len() - told) as u32,
         goes_on: !records.is_empty() || chain.sequence < durable,
         records,
         lost,
