@@ -319,7 +319,7 @@ class LogCheck:
                 if not segment.covers(summary):
                     # Such a record is only valid with all of its data.
                     data = segment.file.read_blocks(at + 1, summary.data_blocks)
-                    self._summary.data_blocks_read += summary.data_blocks
+                    self._summary.data_blocks_read += summary.guest_blocks
                     check_contents(summary, data, place)
                 elif self._data:
                     content = segment.file.read_blocks(at + 1, summary.data_blocks)
@@ -521,7 +521,7 @@ class LogCheck:
     def _check_data(
         self, segment: _Segment, summary: Summary, content: bytes, covered: bool
     ) -> None:
-        self._summary.data_blocks_read += summary.data_blocks
+        self._summary.data_blocks_read += summary.guest_blocks
         first_data = summary.offset_blocks + 1
         for block, offset, count, checksums in summary.data_pieces():
             at = (offset - first_data) * BLOCK_BYTES

@@ -125,6 +125,11 @@ class Summary:
         """The block behind the record."""
         return self.offset_blocks + 1 + self.data_blocks
 
+    @property
+    def guest_blocks(self) -> int:
+        """Blocks of data, without those of notes."""
+        return sum(entry.count for entry in self.entries if entry.is_data)
+
     def pieces(self) -> Iterator[tuple[Entry, int, bytes]]:
         """Entries with the offset of their position (`docs/format.md`, "Record") in the segment,
         blocks, and the checksums of their data."""
