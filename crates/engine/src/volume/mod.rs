@@ -21,8 +21,8 @@ mod modify;
 mod note;
 mod open;
 mod read;
-mod reclaim;
 mod rebuild;
+mod reclaim;
 pub mod roots;
 mod space;
 
