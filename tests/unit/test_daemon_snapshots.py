@@ -93,10 +93,11 @@ def test_flatten_is_a_job_that_can_be_stopped_and_told_to_go_on(
         await daemon.snapshots.clone(ONE, COPY)
         with pytest.raises(UsageError, match="no clone"):
             await daemon.snapshots.flatten(WEB)
-        go_on = threading.Event()
+        running, go_on = threading.Event(), threading.Event()
         real = FakeVolume.adopt
 
         def slow(self: FakeVolume, offset: int, length: int, /) -> int:
+            running.set()
             assert go_on.wait(10)
             return real(self, offset, length)
 
@@ -104,6 +105,7 @@ def test_flatten_is_a_job_that_can_be_stopped_and_told_to_go_on(
         job = daemon.jobs.get((await daemon.snapshots.flatten(COPY))["id"])
         with pytest.raises(BusyError, match="flattened already"):
             await daemon.snapshots.flatten(COPY)
+        await asyncio.to_thread(running.wait, 10)
         daemon.jobs.stop_job(job.id)
         with pytest.raises(BusyError, match="--stop"):
             await daemon.remove_volume(COPY)
