@@ -325,7 +325,8 @@ def parse_trailer(data: Bytes, place: Place, segment_bytes: int) -> Trailer:
     check_range(what, place, "segment number", segment, 1, MAX_SEGMENT_NUMBER)
     check_range(what, place, "first sequence number", first_sequence, 1, (1 << 64) - 1)
     check_range(what, place, "records", records, 1, MAX_SEGMENT_BLOCKS)
-    if last_sequence - first_sequence + 1 != records:
+    # Between them some may be missing, which recovery found damaged.
+    if last_sequence - first_sequence + 1 < records:
         raise FormatError(
             what,
             "records",
@@ -385,14 +386,14 @@ def parse_footer_body(data: Bytes, place: Place, trailer: Trailer) -> list[Summa
     summaries: list[Summary] = []
     at = 0
     end_blocks = 1
-    for sequence in range(trailer.first_sequence, trailer.last_sequence + 1):
+    lowest = trailer.first_sequence
+    for number in range(trailer.records):
         here = Place(place.file, place.offset_bytes + at)
         summary, at = _parse_summary(what, here, body, at)
-        if summary.sequence != sequence:
-            raise FormatError(
-                what, "sequence number", here, f"it is {summary.sequence}, not {sequence}"
-            )
-        if summary.offset_blocks != end_blocks:
+        sequence = summary.sequence
+        if not lowest <= sequence <= (trailer.last_sequence if number else lowest):
+            raise FormatError(what, "sequence number", here, f"it is {sequence}, not {lowest}")
+        if summary.offset_blocks < end_blocks:
             raise FormatError(
                 what,
                 "offset of the record",
@@ -401,6 +402,7 @@ def parse_footer_body(data: Bytes, place: Place, trailer: Trailer) -> list[Summa
                 f"{end_blocks}",
             )
         end_blocks = summary.end_blocks
+        lowest = sequence + 1
         summaries.append(summary)
     if at != len(body):
         raise FormatError(what, "length", place, f"{len(body) - at} bytes are left over")
