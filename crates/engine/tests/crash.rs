@@ -252,7 +252,7 @@ impl Simulation {
                 uncommitted = Some(result);
             } else if let Some(result) = uncommitted.take_if(|_| self.rng.chance(4)) {
                 // A crash may come before or after this, and between the two steps.
-                harness.catalog.commit(&result);
+                harness.commit(&result);
                 if self.rng.chance(10) {
                     break;
                 }

@@ -24,9 +24,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use common::history::{History, State, stamp_of, stamped};
+use common::oracle::{check_space, read_root};
 use common::{Catalog, Harness, Rng, SECTOR, Setup};
 use vhostd_engine::io::sim::{SimDisk, SimIo, Undecided};
 use vhostd_engine::io::{Completion, DeviceId, Io, Op, Target, Token};
+use vhostd_engine::types::Uuid;
 
 const BLOCKS: u64 = 16;
 const VOLUME_BYTES: u64 = BLOCKS * 4096;
@@ -51,10 +53,15 @@ enum Action {
     Reopen,
     /// The daemon dies, and the next one recovers.
     Die,
+    Snapshot,
+    /// Removes the oldest snapshot, and frees its space.
+    Remove,
+    /// Goes back to the newest snapshot, which takes a clean close.
+    RollBack,
 }
 
 impl Action {
-    const ALL: [(char, Self); 8] = [
+    const ALL: [(char, Self); 11] = [
         ('w', Self::Write),
         ('p', Self::WritePart),
         ('d', Self::Discard),
@@ -63,6 +70,9 @@ impl Action {
         ('c', Self::Checkpoint),
         ('o', Self::Reopen),
         ('k', Self::Die),
+        ('s', Self::Snapshot),
+        ('x', Self::Remove),
+        ('r', Self::RollBack),
     ];
 
     fn letter(self) -> char {
@@ -155,8 +165,14 @@ impl Explorer {
         }
         let catalog = self.catalog.lock().unwrap().clone();
         let version = (catalog.epoch.0, catalog.commits);
+        let snapshots = self
+            .history
+            .taken
+            .iter()
+            .filter(|taken| taken.promised)
+            .count();
         let items = self.disk.undecided();
-        let promised = (self.history.flushed, &items, version);
+        let promised = (self.history.flushed, snapshots, &items, version);
         if self.seen.insert(hash(&(0, promised))) {
             self.points += 1;
             for chosen in subsets(items.len(), self.bounds.power_losses, &mut self.rng) {
@@ -165,7 +181,11 @@ impl Explorer {
                 self.try_one(after, &catalog, least, None, &chosen);
             }
         }
-        let changes = (self.history.acknowledged, self.history.changes.len());
+        let changes = (
+            self.history.acknowledged,
+            snapshots,
+            self.history.changes.len(),
+        );
         if self.seen.insert(hash(&(1, changes, &items, version))) {
             self.points += 1;
             let staged = std::fs::read(&self.setup.staging_path).ok();
@@ -218,8 +238,8 @@ impl Explorer {
             Some(bytes) => std::fs::write(&setup.staging_path, bytes).unwrap(),
             None => drop(std::fs::remove_file(&setup.staging_path)),
         }
-        let (found, catalog) = recovered(&disk, &setup, catalog.clone(), None)?;
-        self.history.check(&found, least, &[])?;
+        let first = recovered(&disk, &setup, catalog.clone(), None, again)?;
+        self.history.check(&first.head, least, &first.snapshots)?;
         if !again {
             return Ok(());
         }
@@ -228,15 +248,17 @@ impl Explorer {
         let disk = disk.crash_with(&|_| false);
         let _ = std::fs::remove_file(&setup.staging_path);
         let next = stamped(0, 8, 999);
-        let (same, catalog) = recovered(&disk, &setup, catalog, Some(&next))?;
-        if same != found {
+        let second = recovered(&disk, &setup, first.catalog, Some(&next), false)?;
+        if (&second.head, &second.snapshots) != (&first.head, &first.snapshots) {
             return Err("a second recovery found something else".into());
         }
         let disk = disk.crash_with(&|_| false);
         let _ = std::fs::remove_file(&setup.staging_path);
-        let (mut last, _) = recovered(&disk, &setup, catalog, None)?;
-        let written = last.splice(..8, found[..8].iter().copied());
-        if written.collect::<Vec<_>>() != [999; 8] || last != found {
+        let mut last = recovered(&disk, &setup, second.catalog, None, true)?;
+        let written = last.head.splice(..8, first.head[..8].iter().copied());
+        if written.collect::<Vec<_>>() != [999; 8]
+            || (last.head, last.snapshots) != (first.head, first.snapshots)
+        {
             return Err("a write flushed after recovery was lost, or did harm".into());
         }
         Ok(())
@@ -259,13 +281,23 @@ fn hash(what: &impl Hash) -> u64 {
     hasher.finish()
 }
 
-/// Opens the volume, reads all of it, perhaps writes and flushes a block, and leaves it as a crash would.
+/// A volume as recovery left it.
+struct Recovered {
+    head: State,
+    snapshots: Vec<(Uuid, State)>,
+    catalog: Catalog,
+}
+
+/// Opens the volume, reads all of it and of its snapshots, perhaps writes and flushes a block, and leaves
+/// it as a crash would. With `tidy` it makes a checkpoint and ends removals of snapshots, and all counts
+/// must be exact after each.
 fn recovered(
     disk: &SimDisk,
     setup: &Setup,
     catalog: Catalog,
     write: Option<&[u8]>,
-) -> Result<(State, Catalog), String> {
+    tidy: bool,
+) -> Result<Recovered, String> {
     let mut io = SimIo::new(1);
     io.add_device(DeviceId(0), disk.clone());
     let mut harness = Harness::open(&mut io, setup, catalog, &disk.list())
@@ -273,13 +305,29 @@ fn recovered(
     if !harness.recovery.warnings.is_empty() {
         return Err(format!("recovery: {:?}", harness.recovery.warnings));
     }
-    let found = read_state(&mut harness)?;
-    let stats = harness.volume.stats();
-    if stats.space.live_blocks != stats.mapped_blocks {
-        return Err(format!(
-            "{} blocks are counted live, {} are mapped",
-            stats.space.live_blocks, stats.mapped_blocks
-        ));
+    let head = read_state(&mut harness)?;
+    let failed = |error| format!("a checkpoint after recovery: {error}");
+    if tidy || harness.catalog.readable().any(|row| row.root.is_none()) {
+        harness.checkpoint().map_err(failed)?;
+        check_space(disk, &harness.catalog)?;
+    }
+    let mut walk = SimIo::new(2);
+    walk.add_device(DeviceId(0), disk.clone());
+    while tidy && harness.release_next(&mut walk).map_err(failed)? {
+        check_space(disk, &harness.catalog)?;
+    }
+    let mut snapshots = Vec::new();
+    for row in harness.catalog.readable() {
+        let root = row.root.expect("a checkpoint gave it one");
+        let contents = read_root(
+            disk,
+            setup,
+            root,
+            row.mapped_blocks,
+            row.size_bytes,
+            &[0..BLOCKS],
+        )?;
+        snapshots.push((row.uuid, contents));
     }
     if let Some(bytes) = write {
         let done = harness.write(0, bytes).and_then(|()| harness.flush());
@@ -289,7 +337,11 @@ fn recovered(
     let volume = harness.volume;
     drop(io);
     drop(volume);
-    Ok((found, catalog))
+    Ok(Recovered {
+        head,
+        snapshots,
+        catalog,
+    })
 }
 
 fn read_state(harness: &mut Harness<'_>) -> Result<State, String> {
@@ -362,11 +414,15 @@ impl Run<'_> {
                 drop(volume);
                 break;
             };
-            if end == Action::Reopen {
+            if end != Action::Die {
                 catalog = harness.close().unwrap();
                 let mut explorer = self.explorer.borrow_mut();
                 // Closing has flushed.
                 explorer.history.flushed = explorer.history.changes.len();
+                if end == Action::RollBack {
+                    roll_back(&mut explorer.history, &mut catalog);
+                    explorer.catalog.lock().unwrap().clone_from(&catalog);
+                }
             } else {
                 catalog = harness.catalog.clone();
                 let volume = harness.volume;
@@ -387,7 +443,7 @@ impl Run<'_> {
             self.next += 1;
             self.explorer.borrow_mut().on = self.next == self.actions.len();
             match action {
-                Action::Reopen | Action::Die => return Some(action),
+                Action::Reopen | Action::Die | Action::RollBack => return Some(action),
                 _ => self.act(harness, action),
             }
             self.explorer.borrow_mut().look();
@@ -411,8 +467,30 @@ impl Run<'_> {
                 self.explorer.borrow_mut().history.flushed = covered;
             }
             Action::Checkpoint => drop(harness.checkpoint().unwrap()),
-            Action::Reopen | Action::Die => unreachable!("ends the volume's life"),
+            Action::Snapshot => {
+                let uuid = Uuid([stamp as u8; 16]);
+                self.explorer.borrow_mut().history.take(uuid);
+                harness.snapshot(uuid).unwrap();
+                self.explorer.borrow_mut().history.promise(uuid);
+            }
+            Action::Remove => self.remove(harness),
+            Action::Reopen | Action::Die | Action::RollBack => {
+                unreachable!("ends the volume's life")
+            }
         }
+    }
+
+    fn remove(&mut self, harness: &mut Harness<'_>) {
+        let Some(uuid) = harness.catalog.readable().next().map(|row| row.uuid) else {
+            return;
+        };
+        harness.catalog.begin_removal(uuid);
+        self.explorer.borrow_mut().history.forget(uuid);
+        harness.publish();
+        let mut walk = SimIo::new(3);
+        let disk = self.explorer.borrow().disk.clone();
+        walk.add_device(DeviceId(0), disk);
+        while harness.release_next(&mut walk).unwrap() {}
     }
 
     fn write(&mut self, harness: &mut Harness<'_>, from: u64, to: u64, stamp: u64) {
@@ -436,6 +514,23 @@ impl Run<'_> {
         let history = &mut self.explorer.borrow_mut().history;
         history.acknowledged = history.changes.len();
     }
+}
+
+/// Goes back to the newest snapshot, if there is one, in model and catalog.
+fn roll_back(history: &mut History, catalog: &mut Catalog) {
+    let Some(to) = catalog.readable().last().map(|row| row.uuid) else {
+        return;
+    };
+    let mut snapshots: Vec<(Uuid, State)> = history.settled.clone().into_iter().collect();
+    for taken in &history.taken {
+        // Requests come one after the other here: it holds these changes exactly.
+        assert_eq!(taken.earliest, taken.latest);
+        snapshots.push((taken.uuid, history.after(taken.earliest)));
+    }
+    let found = snapshots.iter().find(|(uuid, _)| *uuid == to);
+    let base = found.expect("the model has it").1.clone();
+    history.settle(base, snapshots);
+    catalog.roll_back(to, Uuid([100 + catalog.commits as u8; 16]));
 }
 
 fn explore(actions: &[Action], bounds: Bounds, scratch: &Path) -> (u64, u64) {

@@ -8,6 +8,8 @@
 //! number of changes (design.md, invariant 3), at least those that were promised (2); a snapshot must
 //! be what the volume was after some number of changes that had begun when it was taken.
 
+use std::collections::BTreeMap;
+
 use vhostd_engine::types::Uuid;
 
 use super::SECTOR;
@@ -47,6 +49,8 @@ pub struct History {
     pub flushed: usize,
     pub acknowledged: usize,
     pub taken: Vec<Taken>,
+    /// Older snapshots, with their contents.
+    pub settled: BTreeMap<Uuid, State>,
 }
 
 impl History {
@@ -110,15 +114,59 @@ impl History {
         }
     }
 
+    /// A snapshot is taken; changes from `acknowledged` on may be in it or not.
+    pub fn take(&mut self, uuid: Uuid) {
+        self.taken.push(Taken {
+            uuid,
+            earliest: self.acknowledged,
+            latest: self.changes.len(),
+            promised: false,
+        });
+    }
+
+    /// The snapshot is there for good, and with it all that came before.
+    pub fn promise(&mut self, uuid: Uuid) {
+        let taken = self.taken.iter_mut().find(|taken| taken.uuid == uuid);
+        let taken = taken.expect("it was taken");
+        taken.promised = true;
+        self.flushed = self.flushed.max(taken.earliest);
+    }
+
+    /// It is being removed; nobody may read it again.
+    pub fn forget(&mut self, uuid: Uuid) {
+        self.taken.retain(|taken| taken.uuid != uuid);
+        self.settled.remove(&uuid);
+    }
+
+    /// The volume is in this state now, and so are its snapshots; the past is past.
+    pub fn settle(&mut self, base: State, snapshots: Vec<(Uuid, State)>) {
+        *self = Self::new(base);
+        self.settled = snapshots.into_iter().collect();
+    }
+
     /// Holds what was found after a crash against the history. `least`: changes that must be there.
-    /// `snapshots`: those found, with their contents; ones that the history does not know are the
-    /// caller's affair.
+    /// `snapshots`: those found, with their contents; each must be known.
     pub fn check(
         &self,
         found: &State,
         least: usize,
         snapshots: &[(Uuid, State)],
     ) -> Result<(), String> {
+        for (uuid, contents) in &self.settled {
+            match snapshots.iter().find(|(found, _)| found == uuid) {
+                None => return Err(format!("snapshot {uuid} is lost")),
+                Some((_, found)) if found != contents => {
+                    return Err(format!("snapshot {uuid} has changed"));
+                }
+                Some(_) => {}
+            }
+        }
+        for (uuid, _) in snapshots {
+            let taken = self.taken.iter().any(|taken| taken.uuid == *uuid);
+            if !taken && !self.settled.contains_key(uuid) {
+                return Err(format!("snapshot {uuid} is there, and should not be"));
+            }
+        }
         // What the snapshots allow: all found ones had been taken, all missing ones had not.
         let (mut least, mut most) = (least, self.changes.len());
         let mut wanted = Vec::new();

@@ -2,7 +2,11 @@
 
 #![allow(dead_code, reason = "each test file uses its part")]
 
+pub mod catalog;
 pub mod history;
+pub mod oracle;
+
+pub use catalog::Catalog;
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -12,15 +16,18 @@ use std::time::Duration;
 use vhostd_engine::device::SegmentNumbers;
 use vhostd_engine::io::{AlignedBuf, DeviceId, Io, IoBuf};
 use vhostd_engine::log::Recovery;
-use vhostd_engine::types::{Address, Epoch, SegmentNumber, Uuid};
+use vhostd_engine::types::{Address, SegmentNumber, Uuid};
 use vhostd_engine::volume::{
-    self, CheckpointResult, CheckpointState, Finished, MapBudget, Now, Request, RequestFailed,
-    RequestId, RequestKind, SegmentRow, Volume, VolumeError, VolumeEvent, VolumeSpec,
+    self, CheckpointResult, CheckpointState, Finished, MapBudget, NewSnapshot, NotedAt, Now,
+    Request, RequestFailed, RequestId, RequestKind, SegmentRow, Volume, VolumeError, VolumeEvent,
+    VolumeSpec, roots,
 };
 
 pub const SECTOR: u64 = 512;
 pub const POOL: Uuid = Uuid([1; 16]);
 pub const VOLUME: Uuid = Uuid([2; 16]);
+/// Payload of state notes; the engine does not look into it.
+const STATE: &[u8] = b"{}";
 
 /// A small deterministic generator (xorshift64*), so that a seed tells everything.
 #[derive(Clone, Debug)]
@@ -45,45 +52,6 @@ impl Rng {
 
     pub fn chance(&mut self, one_in: u64) -> bool {
         self.below(one_in) == 0
-    }
-}
-
-/// What the catalog would hold.
-#[derive(Clone, Debug)]
-pub struct Catalog {
-    pub checkpoint: CheckpointState,
-    pub mapped_blocks: u64,
-    pub rows: BTreeMap<SegmentNumber, SegmentRow>,
-    pub epoch: Epoch,
-    pub size_bytes: u64,
-    pub next_number: u64,
-    /// Tells the states of the catalog apart.
-    pub commits: u64,
-}
-
-impl Catalog {
-    pub fn new(size_bytes: u64) -> Self {
-        Self {
-            checkpoint: CheckpointState::nothing(),
-            mapped_blocks: 0,
-            rows: BTreeMap::new(),
-            epoch: Epoch(0),
-            size_bytes,
-            next_number: 1,
-            commits: 0,
-        }
-    }
-
-    pub fn commit(&mut self, result: &CheckpointResult) {
-        self.commits += 1;
-        self.checkpoint = result.state;
-        self.mapped_blocks = result.mapped_blocks;
-        for row in &result.changed {
-            self.rows.insert(row.number, row.clone());
-        }
-        for number in &result.removed {
-            self.rows.remove(number);
-        }
     }
 }
 
@@ -155,7 +123,7 @@ impl<'a> Harness<'a> {
         let spec = VolumeSpec {
             device: DeviceId(0),
             pool: POOL,
-            volume: VOLUME,
+            volume: catalog.uuid,
             name: "test".into(),
             size_bytes: catalog.size_bytes,
             logical_block_bytes: 512,
@@ -176,13 +144,15 @@ impl<'a> Harness<'a> {
             staging_bytes: setup.staging_bytes,
             map_budget: Arc::new(MapBudget::new(setup.map_bytes)),
             checkpoint_log_bytes: setup.checkpoint_log_bytes,
-            parent: None,
-            newest_snapshot: Address::NONE,
-            state_note: Vec::new(),
-            clone: false,
+            parent: catalog.head_parent(),
+            newest_snapshot: catalog.newest_snapshot(),
+            state_note: STATE.to_vec(),
+            clone: catalog.clone,
         };
-        let (mut volume, recovery, _) = volume::open(spec, io)?;
+        let (mut volume, recovery, found) = volume::open(spec, io)?;
         volume.attach(0);
+        catalog.add_found(&found);
+        setup.publish(&catalog);
         Ok(Self {
             io,
             volume,
@@ -294,6 +264,13 @@ impl<'a> Harness<'a> {
     }
 
     pub fn checkpoint(&mut self) -> Result<CheckpointResult, VolumeError> {
+        self.checkpoint_released(None)
+    }
+
+    fn checkpoint_released(
+        &mut self,
+        released: Option<Uuid>,
+    ) -> Result<CheckpointResult, VolumeError> {
         self.volume.start_checkpoint();
         let result = loop {
             self.turn(true);
@@ -301,7 +278,7 @@ impl<'a> Harness<'a> {
                 break result?;
             }
         };
-        self.commit(&result);
+        self.commit_released(&result, released);
         self.volume.checkpoint_committed(result.id);
         self.settle();
         Ok(result)
@@ -309,7 +286,85 @@ impl<'a> Harness<'a> {
 
     /// Puts a checkpoint into the catalog.
     pub fn commit(&mut self, result: &CheckpointResult) {
-        self.catalog.commit(result);
+        self.commit_released(result, None);
+    }
+
+    fn commit_released(&mut self, result: &CheckpointResult, released: Option<Uuid>) {
+        self.catalog.commit(result, released);
+        self.setup.publish(&self.catalog);
+    }
+
+    /// Takes a snapshot, as the daemon does: the note first, then the row.
+    pub fn snapshot(&mut self, uuid: Uuid) -> Result<Address, RequestFailed> {
+        let (kind, at) = Self::snapshot_request(uuid);
+        self.run(kind, false)?;
+        let position = *at.get().expect("a snapshot that was taken has a position");
+        let size_bytes = self.catalog.size_bytes;
+        self.catalog.add_snapshot(uuid, position, size_bytes);
+        self.publish();
+        Ok(position)
+    }
+
+    pub fn snapshot_request(uuid: Uuid) -> (RequestKind, NotedAt) {
+        let at = NotedAt::default();
+        let snapshot = NewSnapshot {
+            uuid,
+            name: uuid.to_string(),
+            created_ns: 1,
+        };
+        let kind = RequestKind::Snapshot {
+            snapshot,
+            at: Arc::clone(&at),
+        };
+        (kind, at)
+    }
+
+    /// Frees the space of one snapshot that is being removed, the way of ARCHITECTURE.md. `walk`: a
+    /// queue of its own on the same disk. False: none can be.
+    pub fn release_next(&mut self, walk: &mut dyn Io) -> Result<bool, VolumeError> {
+        let Some(uuid) = self.catalog.next_to_release() else {
+            return Ok(false);
+        };
+        let pending = |harness: &Self| {
+            harness
+                .catalog
+                .snapshot(uuid)
+                .is_some_and(|r| r.root.is_none())
+        };
+        if pending(self) {
+            self.checkpoint()?;
+        }
+        self.begin_release(uuid);
+        self.checkpoint()?;
+        self.walk_released(uuid, walk);
+        self.checkpoint_released(Some(uuid))?;
+        Ok(true)
+    }
+
+    /// The head leaves the snapshot; then a checkpoint is to be committed, and [`Self::walk_released`].
+    pub fn begin_release(&mut self, uuid: Uuid) {
+        if self.catalog.leave(uuid) {
+            self.publish();
+            self.volume.set_parent(self.catalog.head_parent());
+        }
+        self.volume.hold_nodes();
+    }
+
+    /// Marks dead what the snapshot alone reaches; a checkpoint that forgets it is to be committed.
+    pub fn walk_released(&mut self, uuid: Uuid, walk: &mut dyn Io) {
+        let row = self.catalog.snapshot(uuid).expect("it is being removed");
+        let root = row.root.expect("a checkpoint was committed");
+        let others = self.catalog.neighbours(uuid);
+        let volume = &mut self.volume;
+        let walked = roots::exclusive(walk, DeviceId(0), root, &others, |blocks| {
+            volume.release(&blocks, &[]);
+        });
+        let (_, nodes) = walked.expect("the nodes of committed roots can be read");
+        self.volume.release(&[], &nodes);
+        self.volume.release_nodes();
+    }
+
+    pub fn publish(&self) {
         self.setup.publish(&self.catalog);
     }
 
