@@ -8,7 +8,8 @@
 //! since sequences open the volume again.
 //!
 //! The crash points of a sequence's beginning are those of a shorter sequence, so only its last
-//! operation is looked at. `VHOSTD_ENUMERATE=long` tries more subsets a point, and longer sequences;
+//! operation is looked at. All sequences of up to three are tried on an empty volume, and of up to two on
+//! some that have a past. `VHOSTD_ENUMERATE=long` tries more subsets a point, and one action more;
 //! `VHOSTD_SEQUENCE=…` runs one, by the letters that a failure prints.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
@@ -88,6 +89,9 @@ impl Action {
             .collect()
     }
 }
+
+/// Where two more actions are tried from: volumes that have a past.
+const BASES: [&str; 4] = ["wsx", "wcsw", "wswr", "wspsr"];
 
 fn spell(actions: &[Action]) -> String {
     actions.iter().map(|action| action.letter()).collect()
@@ -613,8 +617,13 @@ fn every_crash_of_every_short_sequence_leaves_a_prefix_with_all_that_was_promise
     match one {
         Some(letters) => run(&Action::parse(&letters)),
         None => {
-            for length in 1..=3 {
+            for length in 1..=if long { 4 } else { 3 } {
                 sequences(length).for_each(|actions| run(&actions));
+            }
+            for base in BASES.map(Action::parse) {
+                for actions in sequences(1).chain(sequences(2)) {
+                    run(&[base.clone(), actions].concat());
+                }
             }
         }
     }
