@@ -154,8 +154,13 @@ impl Catalog {
         }
     }
 
-    /// A checkpoint. `released`: a snapshot whose space it has as dead.
-    pub fn commit(&mut self, result: &CheckpointResult, released: Option<Uuid>) {
+    /// A checkpoint.
+    pub fn commit(&mut self, result: &CheckpointResult) {
+        self.commit_released(result, None);
+    }
+
+    /// `released`: a snapshot whose space the checkpoint has as dead.
+    pub fn commit_released(&mut self, result: &CheckpointResult, released: Option<Uuid>) {
         self.commits += 1;
         self.checkpoint = result.state;
         self.mapped_blocks = result.mapped_blocks;

@@ -18,9 +18,8 @@ use vhostd_engine::io::{AlignedBuf, DeviceId, Io, IoBuf};
 use vhostd_engine::log::Recovery;
 use vhostd_engine::types::{Address, SegmentNumber, Uuid};
 use vhostd_engine::volume::{
-    self, CheckpointResult, CheckpointState, Finished, MapBudget, NewSnapshot, NotedAt, Now,
-    Request, RequestFailed, RequestId, RequestKind, SegmentRow, Volume, VolumeError, VolumeEvent,
-    VolumeSpec, roots,
+    self, CheckpointResult, Finished, MapBudget, NewSnapshot, NotedAt, Now, Request, RequestFailed,
+    RequestId, RequestKind, Volume, VolumeError, VolumeEvent, VolumeSpec, roots,
 };
 
 pub const SECTOR: u64 = 512;
@@ -290,7 +289,7 @@ impl<'a> Harness<'a> {
     }
 
     fn commit_released(&mut self, result: &CheckpointResult, released: Option<Uuid>) {
-        self.catalog.commit(result, released);
+        self.catalog.commit_released(result, released);
         self.setup.publish(&self.catalog);
     }
 
