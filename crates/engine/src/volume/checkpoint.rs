@@ -124,6 +124,10 @@ pub(super) struct Checkpoints {
     committing: Option<Committing>,
     map_segment: Option<MapSegment>,
     next_id: u64,
+    /// Dead log segments whose notes and unmaps are needed, and so have to be repeated first.
+    pub(super) to_carry: Vec<SegmentNumber>,
+    /// Something of them is being repeated at the log's end; see [`super::carry`].
+    pub(super) carrying: bool,
     /// Root of the last committed checkpoint.
     pub(super) committed_root: Option<NodeLocation>,
     /// The log's end at the last committed checkpoint, and what was asked for since.
@@ -188,6 +192,7 @@ impl Volume {
         let removable =
             self.space
                 .removable(position.segment, self.history.state_at, self.history.clone);
+        self.checkpoints.to_carry = removable.carry;
         self.checkpoints.run = Some(Run {
             stage: Stage::Nodes,
             position,

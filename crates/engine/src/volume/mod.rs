@@ -13,6 +13,7 @@
 //!   it, and no read of it is in flight (6).
 
 mod adopt;
+mod carry;
 mod checkpoint;
 mod clean;
 mod dead;
@@ -48,6 +49,7 @@ use crate::log::{Log, LogEvent};
 use crate::map::{Displaced, Extents, Map, NodeLocation};
 use crate::types::{BLOCK_BYTES, Epoch, SegmentNumber, Uuid};
 use adopt::Adopt;
+use carry::Carry;
 use checkpoint::Checkpoints;
 use full::Full;
 use modify::Modify;
@@ -275,6 +277,8 @@ enum Work {
     Modify(Modify),
     Note(NoteWork),
     Adopt(Adopt),
+    /// The volume's own: nobody asked for it, nobody hears of its end.
+    Carry(Carry),
 }
 
 #[derive(Debug)]
@@ -299,6 +303,11 @@ enum VolumeOp {
     Checkpoint(checkpoint::CheckpointOp),
     Adopt(Box<adopt::AdoptRead>),
     Reclaim(reclaim::ReclaimOp),
+    /// A part of a segment that is carried.
+    Carry {
+        slot: Slot,
+        buffer: AlignedBuf,
+    },
     Remove,
 }
 
@@ -452,6 +461,11 @@ impl Volume {
         self.start(io, id, write_through, work, now);
     }
 
+    /// Starts work of the volume's own, of whose end nobody hears.
+    fn start_own(&mut self, io: &mut dyn Io, work: Work, now: Now) {
+        self.start(io, RequestId(u64::MAX), false, work, now);
+    }
+
     fn start(&mut self, io: &mut dyn Io, id: RequestId, write_through: bool, work: Work, now: Now) {
         let running = Running {
             id,
@@ -482,7 +496,9 @@ impl Volume {
             Work::Modify(modify) => self.run_modify(io, slot, modify, now),
             Work::Note(note) => self.run_note(io, slot, note, now),
             Work::Adopt(adopt) => self.run_adopt(io, slot, adopt, now),
+            Work::Carry(carry) => self.run_carry(io, slot, carry, now),
         };
+        let own = matches!(running.work, Work::Carry(_));
         let Running {
             id, write_through, ..
         } = running;
@@ -491,6 +507,7 @@ impl Volume {
                 self.running[slot] = Some(running);
                 return;
             }
+            Step::Finish(_) | Step::Changed if own => self.checkpoints.carrying = false,
             Step::Finish(result) => self.finish(id, result),
             Step::Changed if write_through => self.finish_when_durable(id),
             Step::Changed => self.finish(id, Ok(())),
@@ -558,6 +575,7 @@ impl Volume {
             VolumeOp::Checkpoint(op) => self.checkpoint_op_done(op, result),
             VolumeOp::Adopt(op) => self.adopt_read_done(io, *op, result, now),
             VolumeOp::Reclaim(op) => self.reclaim_op_done(io, op, result, now),
+            VolumeOp::Carry { slot, buffer } => self.carry_read(io, slot, &buffer, result, now),
             VolumeOp::Remove => self.full.may_be_back(),
         }
     }
@@ -637,7 +655,11 @@ impl Volume {
 
     fn fail_parked(&mut self, slot: Slot, why: RequestFailed) {
         if let Some(running) = self.running[slot].take() {
-            self.finish(running.id, Err(why));
+            if matches!(running.work, Work::Carry(_)) {
+                self.checkpoints.carrying = false;
+            } else {
+                self.finish(running.id, Err(why));
+            }
             self.free_slots.push(slot);
         }
     }
@@ -658,6 +680,7 @@ impl Volume {
         self.release_durable();
         self.turn_soon = false;
         self.drive_checkpoint(io, now);
+        self.drive_carry(io, now);
         self.drive_close(io, now);
         self.remove_dead(io);
         self.drive_reclaim(io, now);
