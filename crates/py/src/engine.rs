@@ -318,7 +318,8 @@ impl Engine {
     #[pyo3(signature = (
         device, *, volume_uuid, name, size_bytes, logical_block_bytes, serial, previous_epoch, epoch,
         read_only, checkpoint, mapped_blocks, segments, uncatalogued, checkpoint_log_bytes = 256 << 20,
-        parent = None, newest_snapshot = 0, state_note = Vec::new(), clone = false,
+        parent = None, newest_snapshot = 0, state_note = Vec::new(), clone = false, limit_bytes = None,
+        pause_when_full = false,
     ))]
     fn open_volume(
         &self,
@@ -341,6 +342,8 @@ impl Engine {
         newest_snapshot: u64,
         state_note: Vec<u8>,
         clone: bool,
+        limit_bytes: Option<u64>,
+        pause_when_full: bool,
     ) -> PyResult<Volume> {
         let volume = uuid(volume_uuid, "volume_uuid")?;
         check_shape(&name, size_bytes, logical_block_bytes)?;
@@ -387,6 +390,8 @@ impl Engine {
             newest_snapshot: Address::from_bits(newest_snapshot),
             state_note,
             clone,
+            limit_bytes,
+            pause_when_full,
         };
         let began = Instant::now();
         let (opened, recovery, found) =

@@ -274,6 +274,27 @@ impl Volume {
         crate::roots::foreign_blocks(py, self)
     }
 
+    fn set_limit(&self, py: Python<'_>, limit_bytes: Option<u64>) -> PyResult<()> {
+        self.opened.run(py, |worker, id| {
+            worker.with_volume(id, move |volume| volume.set_limit(limit_bytes))
+        })
+    }
+
+    fn set_pause_when_full(&self, py: Python<'_>, pause: bool) -> PyResult<()> {
+        self.opened.run(py, |worker, id| {
+            worker.with_volume(id, move |volume| volume.set_pause_when_full(pause))
+        })
+    }
+
+    #[pyo3(signature = (*, bytes_per_second, enabled = true))]
+    fn set_reclaim(&self, py: Python<'_>, bytes_per_second: u64, enabled: bool) -> PyResult<()> {
+        self.opened.run(py, |worker, id| {
+            worker.with_volume(id, move |volume| {
+                volume.set_reclaim(bytes_per_second, enabled);
+            })
+        })
+    }
+
     fn checkpoint<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
         let result = self.opened.run(py, |worker, id| worker.checkpoint(id))?;
         let result = result.map_err(|error| self.opened.name_in(error.into()))?;
@@ -327,6 +348,7 @@ impl Volume {
         dict.set_item("node_bytes", stats.node_bytes)?;
         dict.set_item("punched_bytes", stats.punched_bytes)?;
         dict.set_item("zero_bytes", stats.zero_bytes)?;
+        dict.set_item("pending_snapshots", stats.pending_snapshots)?;
         Ok(dict)
     }
 

@@ -121,6 +121,9 @@ impl Volume {
                 };
                 return self.read_foreign(io, slot, blocks);
             };
+            if !self.is_within_limit(count) {
+                return Step::Finish(Err(RequestFailed::NoSpace));
+            }
             if let Err(step) = self.prepare_note(io, slot, count, now) {
                 // It is still at hand when there is room.
                 adopt.read = Some(held);

@@ -124,7 +124,7 @@ impl Volume {
         let mut segments: VecDeque<_> = std::mem::take(&mut self.checkpoints.to_carry).into();
         segments.truncate(SEGMENTS_AT_A_TIME);
         self.checkpoints.carrying = true;
-        self.start_own(io, Work::Carry(Carry::new(segments)), now);
+        self.start_own(io, Work::Carry(Box::new(Carry::new(segments))), now);
     }
 
     pub(super) fn run_carry(

@@ -13,6 +13,7 @@
 //!   it, and no read of it is in flight (6).
 
 mod adopt;
+mod budget;
 mod carry;
 mod checkpoint;
 mod clean;
@@ -24,14 +25,16 @@ mod open;
 mod read;
 mod rebuild;
 mod reclaim;
+mod report;
+mod request;
 pub mod roots;
 mod space;
 
 use std::collections::{HashMap, VecDeque};
 use std::io;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+pub use budget::MapBudget;
 pub use checkpoint::{CheckpointResult, CheckpointState};
 pub use dead::{DeadSet, DeadSetError};
 pub use note::{FoundSnapshot, MAX_PENDING_SNAPSHOTS, NewSnapshot, NotedAt, Parent, SnapshotRoot};
@@ -39,6 +42,8 @@ pub use open::{VolumeSpec, open};
 pub use rebuild::{
     RebuildError, RebuildSpec, RebuiltSegment, RebuiltSnapshot, RebuiltVolume, rebuild,
 };
+pub use report::{VolumeError, VolumeEvent, VolumeStats};
+pub use request::{Finished, Request, RequestFailed, RequestId, RequestKind};
 pub use space::{SegmentRow, SpaceTotals};
 
 pub use crate::log::{LogPosition, Now};
@@ -49,6 +54,7 @@ use crate::log::{Log, LogEvent};
 use crate::map::{Displaced, Extents, Map, NodeLocation};
 use crate::types::{BLOCK_BYTES, Epoch, SegmentNumber, Uuid};
 use adopt::Adopt;
+use budget::MapShare;
 use carry::Carry;
 use checkpoint::Checkpoints;
 use full::Full;
@@ -63,211 +69,6 @@ const LOG_TOKENS: u64 = 1 << 39;
 /// Length of a volume's token range.
 pub const TOKEN_RANGE: u64 = 1 << 40;
 
-/// Chosen by whoever submits a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RequestId(pub u64);
-
-/// What a request asks. Offsets and lengths are multiples of 512, inside the volume; the submitter has
-/// checked that against [`Volume::size_bytes`].
-#[derive(Debug)]
-pub enum RequestKind {
-    Read {
-        offset_bytes: u64,
-        into: Vec<IoBuf>,
-    },
-    Write {
-        offset_bytes: u64,
-        from: Vec<IoBuf>,
-    },
-    Flush,
-    /// Discard (`exact` false: parts of blocks may be left alone) or write-zeroes (`exact` true).
-    Unmap {
-        offset_bytes: u64,
-        len_bytes: u64,
-        exact: bool,
-    },
-    /// Takes a snapshot. It is over when the snapshot is durable.
-    Snapshot {
-        snapshot: NewSnapshot,
-        at: NotedAt,
-    },
-    /// Puts a state note into the log, and keeps it as [`Volume::set_state_note`] does.
-    StateNote {
-        payload: Vec<u8>,
-        at: NotedAt,
-    },
-    /// Copies what the range has in other volumes' segments into this volume's log; whole blocks. The
-    /// bytes copied are added to `copied`.
-    Adopt {
-        offset_bytes: u64,
-        len_bytes: u64,
-        copied: Arc<AtomicU64>,
-    },
-}
-
-/// A request. The memory it names stays mapped until it is finished.
-#[derive(Debug)]
-pub struct Request {
-    pub id: RequestId,
-    pub kind: RequestKind,
-    /// It finishes only when what it changed is durable.
-    pub write_through: bool,
-}
-
-/// A request failed; the guest is told IOERR, the log why.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum RequestFailed {
-    /// The device or the staging memory is full.
-    NoSpace,
-    /// Data could not be read, or not as it was written.
-    Damaged,
-    /// The volume's log has failed, or the volume is read-only.
-    NotWritable,
-    /// A flush could not make everything durable.
-    NotDurable,
-    /// [`MAX_PENDING_SNAPSHOTS`] wait for a checkpoint.
-    SnapshotsPending,
-    /// A note is larger than an entry of the log can be.
-    NoteTooLarge,
-}
-
-/// A request is over.
-#[derive(Debug)]
-pub struct Finished {
-    pub id: RequestId,
-    pub result: Result<(), RequestFailed>,
-}
-
-/// What policy should know.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum VolumeEvent {
-    CheckpointWanted,
-    NumbersWanted,
-    DeviceFailed {
-        reason: String,
-    },
-    DeviceFull,
-    StagingFull {
-        reason: String,
-    },
-    SpaceBack,
-    /// The volume takes as much as it may; writes find no space.
-    VolumeFull {
-        limit_bytes: u64,
-    },
-    /// It takes less than it may, again.
-    VolumeSpaceBack,
-    /// Dead blocks could not be given back.
-    ReclaimFailed {
-        reason: String,
-    },
-    Corruption {
-        offset_bytes: u64,
-        len_bytes: u64,
-        segment: SegmentNumber,
-        reason: String,
-    },
-}
-
-/// Why a volume cannot be opened, checkpointed or closed.
-#[derive(Debug, thiserror::Error)]
-pub enum VolumeError {
-    #[error(transparent)]
-    Recovery(#[from] crate::log::RecoveryError),
-    #[error("creating the staging file {path}: {error}")]
-    Staging { path: String, error: io::Error },
-    #[error("{what} segment {segment}: {error}")]
-    Io {
-        what: &'static str,
-        segment: SegmentNumber,
-        error: io::Error,
-    },
-    #[error("the map is damaged: {0}")]
-    Map(String),
-    #[error("the log has failed: {0}")]
-    LogFailed(String),
-    #[error("a checkpoint is already running")]
-    CheckpointRunning,
-    #[error("there are no segment numbers left; the daemon grants them")]
-    NoNumbers,
-    #[error("a note of {bytes} bytes is too large; the log takes {most}. Remove snapshots")]
-    NoteTooLarge { bytes: usize, most: usize },
-}
-
-/// Memory for maps, shared evenly by the open volumes of an engine.
-#[derive(Debug)]
-pub struct MapBudget {
-    cap_bytes: usize,
-    volumes: AtomicUsize,
-}
-
-impl MapBudget {
-    #[must_use]
-    pub const fn new(cap_bytes: usize) -> Self {
-        Self {
-            cap_bytes,
-            volumes: AtomicUsize::new(0),
-        }
-    }
-
-    /// What one volume may use, bytes; never less than a working set.
-    #[must_use]
-    pub fn share_bytes(&self) -> usize {
-        (self.cap_bytes / self.volumes.load(Ordering::Relaxed).max(1)).max(1 << 20)
-    }
-}
-
-/// A volume's place in the budget, given back when dropped.
-#[derive(Debug)]
-struct MapShare(Arc<MapBudget>);
-
-impl MapShare {
-    fn new(budget: Arc<MapBudget>) -> Self {
-        budget.volumes.fetch_add(1, Ordering::Relaxed);
-        Self(budget)
-    }
-
-    fn bytes(&self) -> usize {
-        self.0.share_bytes()
-    }
-}
-
-impl Drop for MapShare {
-    fn drop(&mut self) {
-        self.0.volumes.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-/// Counters, from the opening on.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct VolumeStats {
-    pub reads: u64,
-    pub read_bytes: u64,
-    pub writes: u64,
-    pub written_bytes: u64,
-    pub flushes: u64,
-    pub unmaps: u64,
-    pub unmapped_bytes: u64,
-    pub errors: u64,
-    pub checksum_errors: u64,
-    pub map_node_reads: u64,
-    /// Blocks of zeroes that were written and took no space.
-    pub zero_bytes: u64,
-    /// Written to log segments, record headers included.
-    pub log_bytes: u64,
-    /// Written to map segments.
-    pub node_bytes: u64,
-    /// Given back of dead blocks.
-    pub punched_bytes: u64,
-    /// Requests that wait for space.
-    pub waiting_for_space: u64,
-    pub mapped_blocks: u64,
-    pub map_memory_bytes: u64,
-    pub log_bytes_since_checkpoint: u64,
-    pub staged_bytes: u64,
-    pub space: SpaceTotals,
-}
-
 /// Where a request's state is kept.
 type Slot = usize;
 
@@ -278,7 +79,7 @@ enum Work {
     Note(NoteWork),
     Adopt(Adopt),
     /// The volume's own: nobody asked for it, nobody hears of its end.
-    Carry(Carry),
+    Carry(Box<Carry>),
 }
 
 #[derive(Debug)]

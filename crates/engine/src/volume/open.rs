@@ -55,6 +55,10 @@ pub struct VolumeSpec {
     pub state_note: Vec<u8>,
     /// The volume's first blocks are another one's.
     pub clone: bool,
+    /// See [`Volume::set_limit`].
+    pub limit_bytes: Option<u64>,
+    /// See [`Volume::set_pause_when_full`].
+    pub pause_when_full: bool,
 }
 
 /// Recovers and opens a volume. Snapshots that recovery met behind the checkpoint are returned too,
@@ -126,7 +130,7 @@ pub fn open(
         found,
         ..
     } = replay;
-    let volume = Volume {
+    let mut volume = Volume {
         device: spec.device,
         pool: spec.pool,
         uuid: spec.volume,
@@ -164,6 +168,8 @@ pub fn open(
         displaced,
         log_events: Vec::new(),
     };
+    volume.set_limit(spec.limit_bytes);
+    volume.set_pause_when_full(spec.pause_when_full);
     Ok((volume, recovery, found))
 }
 

@@ -147,6 +147,8 @@ impl<'a> Harness<'a> {
             newest_snapshot: catalog.newest_snapshot(),
             state_note: STATE.to_vec(),
             clone: catalog.clone,
+            limit_bytes: None,
+            pause_when_full: false,
         };
         let (mut volume, recovery, found) = volume::open(spec, io)?;
         volume.attach(0);
