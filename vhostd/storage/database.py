@@ -148,8 +148,7 @@ def check_database(connection: sqlite3.Connection, path: Path) -> None:
 def _damaged_message(path: Path, reason: str) -> str:
     return (
         f"catalog {path} is damaged: {reason}. Nothing was changed. The data in the segments is "
-        "not touched by this: keep the whole directory as it is, and restore the catalog with its "
-        "-wal file from a copy of the device"
+        "not touched by this: `vhostctl pool rebuild-catalog` makes a new catalog out of them"
     )
 
 
