@@ -188,6 +188,8 @@ pub fn read_root(
         newest_snapshot: Address::NONE,
         state_note: Vec::new(),
         clone: false,
+        limit_bytes: None,
+        pause_when_full: false,
     };
     let (mut volume, _, _) =
         volume::open(spec, &mut io).map_err(|error| format!("opening a snapshot: {error}"))?;
