@@ -130,7 +130,7 @@ def _patterns(scale: Scale) -> list[tuple[str, int, list[list[str]]]]:
         ("zipf on a full volume", aligned, [fill, zipf]),
         ("uniform random on a full volume", aligned, [fill, again]),
         ("uniform random, 1 block in 32", dense * 32, [sparse]),
-        (f"uniform random on {scale.volume_bytes >> 40} TiB", scale.volume_bytes, [sparse]),
+        (f"uniform random, 1 block in {scale.volume_bytes // dense}", scale.volume_bytes, [sparse]),
     ]
 
 

@@ -11,6 +11,7 @@ MIB = 1 << 20
 class Scale:
     name: str
     volume_bytes: int
+    """Of the volume on which writes are sparsest: one block in about 134."""
     blocks: int
     """That each fill maps, about."""
     recovery_volume_bytes: int
@@ -23,7 +24,7 @@ class Scale:
 
 QUICK = Scale(
     name="quick",
-    volume_bytes=1 << 40,
+    volume_bytes=26 << 30,
     blocks=50_000,
     recovery_volume_bytes=1 << 30,
     log_bytes=(16 * MIB, 64 * MIB, 256 * MIB),

@@ -66,7 +66,12 @@ def measure(session: Session, scale: Scale) -> Found:
 def _rotate(session: Session, scale: Scale, rate: int | None) -> Rotation:
     directory = session.scratch / "bench-space"
     Daemon(session.vhostd, directory).remove()
-    daemon = Daemon(session.vhostd, directory, core=session.cores[0])
+    daemon = Daemon(
+        session.vhostd,
+        directory,
+        core=session.cores[0],
+        checkpoint_log=scale.checkpoint_log,
+    )
     try:
         with daemon.running():
             socket = daemon.add(VOLUME, scale.volume_bytes)

@@ -17,6 +17,9 @@ class Scale:
     rates: tuple[int | None, ...]
     """Requests a second of each run; None: as many as there can be."""
     depth: int
+    checkpoint_log: str
+    """A sixteenth of the volume, as 256 MiB are of 4 GiB: dead blocks are given back once a
+    checkpoint says so, and until then they are a part of what the pool takes."""
     sample_every_s: float
     settle_s: float
     """At most, after the load."""
@@ -30,6 +33,7 @@ QUICK = Scale(
     keep=3,
     rates=(20_000,),
     depth=32,
+    checkpoint_log="16M",
     sample_every_s=0.25,
     settle_s=15.0,
 )
@@ -41,6 +45,7 @@ FULL = Scale(
     keep=3,
     rates=(30_000, None),
     depth=32,
+    checkpoint_log="256M",
     sample_every_s=0.5,
     settle_s=60.0,
 )
