@@ -221,7 +221,7 @@ def test_missing_catalog_is_not_found(tmp_path: Path) -> None:
 def test_file_that_is_no_catalog_is_damaged(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / FILE_NAME
     path.write_bytes(content)
-    with pytest.raises(DamagedError, match=f"{FILE_NAME} is damaged.*restore"):
+    with pytest.raises(DamagedError, match=f"{FILE_NAME} is damaged.*rebuild-catalog"):
         Catalog.open(tmp_path)
     assert path.read_bytes() == content
 
