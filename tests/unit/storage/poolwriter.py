@@ -238,9 +238,14 @@ class VolumeWriter:
     # The log
 
     def append(
-        self, entries: Sequence[tuple[int, int, bool]], notes: Sequence[bytes] = ()
+        self,
+        entries: Sequence[tuple[int, int, bool]],
+        notes: Sequence[bytes] = (),
+        *,
+        durable: int = 0,
     ) -> Written:
-        """One record with random data (block, count, is_data), and notes behind it."""
+        """One record with random data (block, count, is_data), and notes behind it. durable: what
+        it says of the log."""
         kinds = [(first, count, DATA if is_data else UNMAP) for first, count, is_data in entries]
         padded = [note + bytes(-len(note) % BLOCK) for note in notes]
         kinds += [(0, len(note) // BLOCK, NOTE) for note in padded]
@@ -278,7 +283,7 @@ class VolumeWriter:
             len(kinds),
             self.checksum,
         )
-        struct.pack_into("<Q", block, 88, 7)
+        struct.pack_into("<QQ", block, 88, 7, durable)
         for index, (first, count, kind) in enumerate(kinds):
             struct.pack_into("<QIB", block, 128 + 16 * index, first, count, kind)
         for index, checksum in enumerate(checksums):

@@ -454,6 +454,20 @@ def test_record_lost_before_others_is_told_from_a_torn_end(pool: PoolWriter) -> 
     assert report.volumes[0].replayable_records == 0
 
 
+def test_record_that_a_later_one_says_was_durable_is_damaged(pool: PoolWriter) -> None:
+    volume = pool.volume("root")
+    volume.churn(10)
+    volume.checkpoint()
+    lost = volume.append([(5, 3, True)])
+    volume.append([(5, 3, True)])
+    volume.append([(5, 3, True)], durable=lost.sequence)
+    flip(segment_file(pool.directory, lost.segment), lost.offset * BLOCK + 50, 1)
+    report = check_device(pool.directory)
+    assert codes(report) == ["record-damaged", "log-gap"]
+    assert report.errors == 2
+    assert report.volumes[0].replayable_records == 2
+
+
 def test_damage_that_the_checkpoint_covers_is_an_error_in_an_unsealed_segment(
     pool: PoolWriter,
 ) -> None:

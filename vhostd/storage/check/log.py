@@ -99,6 +99,7 @@ class _Segment:
     counts: LogCounts
     epoch: int = 0
     sealed: bool = False
+    lost_records: bool = False
     end_blocks: int = 1
     summaries: list[Summary] = field(default_factory=list)
 
@@ -337,6 +338,16 @@ class LogCheck:
             expected = (summary.sequence + 1, summary.header_checksum)
             at = summary.end_blocks
 
+    def _durable_sequence(self, segment: _Segment, first: int, last: int) -> int:
+        """Up to which record the log was durable, as records of the segment from `first` on say."""
+        durable = 0
+        at = self._find_record(segment, first, last)
+        while at is not None:
+            record = parse_record(segment.file.read_blocks(at), segment.place(at))
+            durable = max(durable, record.durable_sequence)
+            at = self._find_record(segment, record.summary.end_blocks, last)
+        return durable
+
     def _find_record(self, segment: _Segment, first: int, last: int) -> int | None:
         """The next block that is a record's header of this place."""
         at = first
@@ -383,6 +394,16 @@ class LogCheck:
             )
             return
         if found is None and (is_zero(block) or at < segment.covered_blocks):
+            return
+        last = self._identity.segment_bytes // BLOCK_BYTES
+        if found is not None and self._durable_sequence(segment, found, last) > self._sequence:
+            segment.lost_records = True
+            self._error(
+                segment,
+                at,
+                "record-damaged",
+                f"{error.brief}; a later record says that it was durable",
+            )
             return
         self._ended = True
         if found is not None:
@@ -451,7 +472,7 @@ class LogCheck:
 
     def _add_gap(self, segment: _Segment, first: int, sequence: int) -> None:
         # Sealing, and a new epoch, come after everything before was durable.
-        lost = segment.sealed or segment.epoch > self._epoch > 0
+        lost = segment.sealed or segment.lost_records or segment.epoch > self._epoch > 0
         severity: Severity = "error" if lost else "warning"
         self._ended = not lost
         text = f"records {first} to {sequence - 1} of the log are missing before segment "

@@ -56,7 +56,7 @@ MAX_DATA_BLOCKS = 960
 MAX_ENTRIES = 248
 
 _HEADER = struct.Struct("<4sHBB16s16sQQQIIQQH")
-_RECORD = struct.Struct("<4sHH16s16sQQQIIIIIIQ")
+_RECORD = struct.Struct("<4sHH16s16sQQQIIIIIIQQ")
 _ENTRY = struct.Struct("<QIB3x")
 _TRAILER = struct.Struct("<4sHH16s16sQQQQIIIIIIII")
 _SUMMARY = struct.Struct("<QIIII")
@@ -166,6 +166,7 @@ class Record:
     segment: int
     previous_checksum: int
     opened_ns: int
+    durable_sequence: int
     summary: Summary
 
 
@@ -262,6 +263,7 @@ def parse_record(data: Bytes, place: Place) -> Record:
         checksum,
         _,
         opened_ns,
+        durable_sequence,
     ) = _RECORD.unpack_from(data)
     check_magic(what, place, magic, b"VHRC", version)
     check_sum(what, place, data, _RECORD_CHECKSUM_OFFSET, checksum)
@@ -289,6 +291,7 @@ def parse_record(data: Bytes, place: Place) -> Record:
         segment,
         previous_checksum,
         opened_ns,
+        durable_sequence,
         Summary(sequence, offset_blocks, data_blocks, entries, checksum, checksums.tobytes()),
     )
 
