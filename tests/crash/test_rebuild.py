@@ -484,3 +484,25 @@ def test_catalog_older_than_the_device_is_rebuilt(tmp_path: Path, random: Random
     assert done.kept
     assert found.ok, shown(found)
     assert trees(tmp_path) == expected(volumes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("round_", range(40))
+def test_many_histories_come_back_from_damage_to_anything_but_log_segments(
+    tmp_path: Path, random: Random, round_: int
+) -> None:
+    pool = PoolWriter(tmp_path, random, segment_bytes=4 << 20)
+    volumes = family(pool, 30)
+    wanted = expected(volumes)
+    pool.close()
+    share = (0.01, 0.1, 0.5, 1.0)[round_ % 4]
+    paths = [tmp_path / "superblock", tmp_path / "catalog.sqlite", *map_segments(volumes)]
+    count = sum(damage(path, random, share) for path in paths)
+    with engine(tmp_path.parent) as made:
+        repair(tmp_path, made)
+    assert trees(tmp_path) == wanted
+    print(f"{count} blocks of metadata damaged, 0 blocks of {len(wanted)} roots lost")
+    damaged = damage_logs(volumes, random, 0.02)
+    lost = hit(wanted, damaged)
+    assert told_as_damaged(check_device(tmp_path, data=True)) >= lost
+    print(f"{len(damaged)} blocks of log segments damaged, {len(lost)} of all roots lost, all told")
