@@ -1,110 +1,55 @@
 //! Crashes of the real engine on a simulated disk, against an exact model.
 //!
-//! One seed tells everything. A volume is driven with random writes, discards, write-zeroes, flushes,
-//! reads and checkpoints; at a random moment power fails (unsynced sectors are kept, lost or torn, each
-//! by itself, and the staging memory is gone) or the daemon dies (the staging memory stays). Then the
-//! volume is recovered and must be what the model was after some number of changes:
+//! One seed tells everything. A few volumes, clones of each other's snapshots, take turns at being open.
+//! The open one is driven with random writes, writes of zeroes, discards, write-zeroes, flushes, reads,
+//! snapshots, removals of snapshots, checkpoints and reclaim; at a random moment power fails (unsynced
+//! sectors are kept, lost or torn, each by itself, and the staging memory is gone) or the daemon dies (the
+//! staging memory stays), in the middle of whatever is under way. Then the volume is recovered and held
+//! against its history (`common::history`):
 //!
-//! - after the daemon's death, at least all acknowledged ones (design.md, invariant 2);
-//! - after power loss, at least all that a completed flush covers (2);
-//! - and in any case exactly a prefix of them, in order (3).
+//! - the head is what the volume was after some number of changes, at least all acknowledged ones after
+//!   the daemon's death, and all that a completed flush or snapshot covers after a loss of power (2, 3);
+//! - every snapshot that was acknowledged is there with what it held, whatever was done since (2, 6);
+//! - every block is read, against its checksum (5, 6);
+//! - walks over all roots find no block or node dead that is reached, and none live that is not (6, 7);
+//! - the difference of two roots names all that differs.
 //!
-//! `VHOSTD_CRASHES=N` sets how many crashes are tried, `VHOSTD_SEED=S` where the seeds start.
+//! `VHOSTD_CRASHES=N` sets how many crashes are tried, `VHOSTD_SEED=S` where the seeds start;
+//! `VHOSTD_SEEDS=a..b` runs just these seeds. Seeds that have found a defect are pinned at the end.
 
 #![allow(clippy::unwrap_used, reason = "a test ends where it fails")]
 
 mod common;
 
-use std::collections::VecDeque;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use common::history::{History, State, stamp_of, stamped};
+use common::oracle::{check_difference, check_space, read_root};
 use common::{Catalog, Harness, Memory, Rng, SECTOR, Setup};
 use vhostd_engine::io::DeviceId;
 use vhostd_engine::io::sim::{CrashMode, SimDisk, SimIo};
-use vhostd_engine::volume::{RequestId, RequestKind};
+use vhostd_engine::types::{SegmentNumber, Uuid};
+use vhostd_engine::volume::{CheckpointResult, NotedAt, RequestId, RequestKind};
 
-const VOLUME_BYTES: u64 = 8 << 20;
+/// A little more than a leaf of the map covers.
+const BLOCKS: u64 = 1072;
+const VOLUME_BYTES: u64 = BLOCKS * 4096;
 const SECTORS: usize = (VOLUME_BYTES / SECTOR) as usize;
-const LEAF_SECTORS: u64 = 1024 * 8;
+/// Blocks that are written: around the ends of the first leaf. The others are only ever unmapped.
+const PARTS: [Range<u64>; 2] = [0..56, 1000..BLOCKS];
+const SEGMENT_BYTES: u64 = 256 << 10;
+const PIECE_BLOCKS: u64 = SEGMENT_BYTES / 4 / 4096;
+const MOST_VOLUMES: usize = 3;
+const MOST_SNAPSHOTS: usize = 6;
 
-/// Stamp of each sector; 0 is zeroes.
-type State = Vec<u64>;
-
-/// A change of the volume that is all or nothing.
-#[derive(Clone, Debug)]
-struct Change {
-    from: u64,
-    to: u64,
-    stamp: u64,
-}
-
-/// The history that a recovered volume is held against.
-struct History {
-    /// The state that all changes build on.
-    base: State,
-    changes: VecDeque<Change>,
-    /// Changes that a completed flush covers, and acknowledged ones.
-    flushed: usize,
-    acknowledged: usize,
-}
-
-impl History {
-    fn apply(state: &mut State, change: &Change) {
-        state[change.from as usize..change.to as usize].fill(change.stamp);
-    }
-
-    /// Finds the number of changes, at least `least`, after which the volume was as `found`.
-    fn prefix(&self, found: &State, least: usize) -> Option<usize> {
-        let mut state = self.base.clone();
-        for (count, change) in self.changes.iter().enumerate() {
-            if count >= least && state == *found {
-                return Some(count);
-            }
-            Self::apply(&mut state, change);
-        }
-        (state == *found).then_some(self.changes.len())
-    }
-
-    fn now(&self) -> State {
-        let mut state = self.base.clone();
-        self.changes
-            .iter()
-            .for_each(|change| Self::apply(&mut state, change));
-        state
-    }
-}
-
-fn sector_bytes(sector: u64, stamp: u64) -> [u8; SECTOR as usize] {
-    let mut bytes = [0; SECTOR as usize];
-    if stamp != 0 {
-        for (i, word) in bytes.chunks_exact_mut(8).enumerate() {
-            let value = stamp.rotate_left(i as u32) ^ sector.wrapping_mul(i as u64);
-            word.copy_from_slice(&value.to_le_bytes());
-        }
-    }
-    bytes
-}
-
-/// The stamp that sector `sector` carries, if its bytes are whole.
-fn stamp_of(sector: u64, bytes: &[u8]) -> Option<u64> {
-    let stamp = u64::from_le_bytes(bytes[..8].try_into().unwrap());
-    (sector_bytes(sector, stamp) == *bytes).then_some(stamp)
-}
-
-fn read_state(harness: &mut Harness<'_>) -> Result<State, String> {
-    let mut state = Vec::with_capacity(SECTORS);
-    let step = 1 << 20;
-    for offset in (0..VOLUME_BYTES).step_by(step) {
-        let bytes = harness
-            .read(offset, step)
-            .map_err(|why| format!("reading at {offset}: {why:?}"))?;
-        for (i, sector) in bytes.chunks_exact(SECTOR as usize).enumerate() {
-            let number = offset / SECTOR + i as u64;
-            let stamp = stamp_of(number, sector).ok_or(format!("sector {number} is torn"))?;
-            state.push(stamp);
-        }
-    }
-    Ok(state)
+/// A volume, what its catalog says, and what it must be.
+struct Disk {
+    catalog: Catalog,
+    history: History,
+    /// The snapshot that it is a clone of.
+    origin: Option<Uuid>,
+    setup: Setup,
 }
 
 /// A request in flight that changes the volume, and how many changes it stands for.
@@ -114,340 +59,591 @@ struct Modification {
     _memory: Option<Memory>,
 }
 
+/// A snapshot that is being taken.
+struct Taking {
+    id: RequestId,
+    uuid: Uuid,
+    at: NotedAt,
+}
+
+/// How far the freeing of a snapshot's space has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Release {
+    /// The head has left it; the next checkpoint has a root after that.
+    First(Uuid),
+    /// What it alone reached is dead; the next checkpoint says so.
+    Last(Uuid),
+}
+
+/// What is under way in the open volume.
+#[derive(Default)]
+struct Driving {
+    modification: Option<Modification>,
+    flushes: Vec<(RequestId, usize)>,
+    taking: Option<Taking>,
+    adopting: Option<RequestId>,
+    checkpoint_running: bool,
+    /// Whether the checkpoint that runs began after the release came to its stage.
+    for_release: bool,
+    uncommitted: Option<CheckpointResult>,
+    release: Option<Release>,
+}
+
 struct Simulation {
     rng: Rng,
-    history: History,
+    disk: SimDisk,
+    volumes: Vec<Disk>,
     next_stamp: u64,
+    crashes: u64,
 }
 
 impl Simulation {
-    /// Submits one random change; the model gets its parts in the order in which the engine commits
-    /// them.
-    fn submit_change(&mut self, harness: &mut Harness<'_>) -> Modification {
-        let rng = &mut self.rng;
-        let sectors = SECTORS as u64;
-        // Some places are hot, so that records overwrite each other.
-        let start = if rng.chance(2) {
-            rng.below(256)
-        } else {
-            rng.below(sectors)
+    fn new(seed: u64, scratch: &Path) -> Self {
+        let mut simulation = Self {
+            rng: Rng::new(seed),
+            disk: SimDisk::new(seed),
+            volumes: Vec::new(),
+            next_stamp: 0,
+            crashes: 0,
         };
-        let most = if rng.chance(6) { 1200 } else { 24 };
-        let mut from = start;
-        let mut to = (start + 1 + rng.below(most)).min(sectors);
-        if rng.chance(2) {
-            from &= !7;
-            to = to.next_multiple_of(8).min(sectors);
-        }
-        let (offset_bytes, len_bytes) = (from * SECTOR, (to - from) * SECTOR);
-        let before = self.history.changes.len();
-        let kind = rng.below(8);
-        if kind >= 2 {
-            self.next_stamp += 1;
-            let stamp = self.next_stamp;
-            let data: Vec<u8> = (from..to).flat_map(|s| sector_bytes(s, stamp)).collect();
-            let memory = Memory::new(&data);
-            // Pieces: a write is split where a record or a small segment ends.
-            let piece = 64 * 8;
-            let mut at = from;
-            while at < to {
-                let end = ((at / 8 * 8) + piece).min(to);
-                self.history.changes.push_back(Change {
-                    from: at,
-                    to: end,
-                    stamp,
-                });
-                at = end;
-            }
-            let id = harness.submit(
-                RequestKind::Write {
-                    offset_bytes,
-                    from: memory.bufs(),
-                },
-                false,
-            );
-            let changes = self.history.changes.len() - before;
-            return Modification {
-                id,
-                changes,
-                _memory: Some(memory),
-            };
-        }
-        let exact = kind == 0;
-        let (inner_from, inner_to) = (from.next_multiple_of(8), to & !7);
-        let mut push = |from: u64, to: u64| {
-            if from < to {
-                self.history
-                    .changes
-                    .push_back(Change { from, to, stamp: 0 });
-            }
-        };
-        let mut at = inner_from;
-        while at < inner_to {
-            let end = ((at / LEAF_SECTORS + 1) * LEAF_SECTORS).min(inner_to);
-            push(at, end);
-            at = end;
-        }
-        if exact && inner_from > inner_to {
-            push(from, to);
-        } else if exact {
-            push(from, inner_from);
-            push(inner_to, to);
-        }
-        let id = harness.submit(
-            RequestKind::Unmap {
-                offset_bytes,
-                len_bytes,
-                exact,
-            },
-            false,
-        );
-        Modification {
-            id,
-            changes: self.history.changes.len() - before,
-            _memory: None,
-        }
-    }
-
-    /// Drives the volume for a while; returns how the checkpoint stood.
-    fn drive(&mut self, harness: &mut Harness<'_>) -> Result<(), String> {
-        let turns = 20 + self.rng.below(400);
-        let mut modification: Option<Modification> = None;
-        let mut flushes: Vec<(RequestId, usize)> = Vec::new();
-        let mut uncommitted = None;
-        let mut checkpoint_running = false;
-        for _ in 0..turns {
-            if modification.is_none() && self.rng.chance(2) {
-                modification = Some(self.submit_change(harness));
-            }
-            if flushes.len() < 3 && self.rng.chance(12) {
-                let id = harness.submit(RequestKind::Flush, false);
-                flushes.push((id, self.history.acknowledged));
-            }
-            if !checkpoint_running && uncommitted.is_none() && self.rng.chance(40) {
-                harness.volume.start_checkpoint();
-                checkpoint_running = true;
-            }
-            harness.turn(false);
-            if self.rng.chance(200) {
-                harness.clock_ns += 2_000_000_000;
-            }
-            for finished in std::mem::take(&mut harness.finished) {
-                if modification.as_ref().is_some_and(|m| m.id == finished.id) {
-                    finished
-                        .result
-                        .map_err(|why| format!("a write failed: {why:?}"))?;
-                    self.history.acknowledged += modification.take().unwrap().changes;
-                } else if let Some(at) = flushes.iter().position(|f| f.0 == finished.id) {
-                    finished
-                        .result
-                        .map_err(|why| format!("a flush failed: {why:?}"))?;
-                    let covered = flushes.swap_remove(at).1;
-                    self.history.flushed = self.history.flushed.max(covered);
-                }
-            }
-            if let Some(result) = harness.volume.take_checkpoint() {
-                checkpoint_running = false;
-                let result = result.map_err(|error| format!("a checkpoint failed: {error}"))?;
-                uncommitted = Some(result);
-            } else if let Some(result) = uncommitted.take_if(|_| self.rng.chance(4)) {
-                // A crash may come before or after this, and between the two steps.
-                harness.commit(&result);
-                if self.rng.chance(10) {
-                    break;
-                }
-                harness.volume.checkpoint_committed(result.id);
-            }
-            if self.rng.chance(30) && modification.is_none() {
-                // Reads see what was acknowledged.
-                let at = self.rng.below(SECTORS as u64 - 64);
-                let bytes = harness
-                    .read(at * SECTOR, 64 * SECTOR as usize)
-                    .map_err(|why| format!("a read failed: {why:?}"))?;
-                let state = self.history.now();
-                for (i, sector) in bytes.chunks_exact(SECTOR as usize).enumerate() {
-                    let number = at + i as u64;
-                    if stamp_of(number, sector) != Some(state[number as usize]) {
-                        return Err(format!("a read of sector {number} is wrong"));
-                    }
-                }
-            }
-        }
-        Ok(())
-    }
-}
-
-struct Staging(PathBuf);
-
-impl Drop for Staging {
-    fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.0);
-    }
-}
-
-/// An opening that dies before it has a staging ring of its own: right after its epoch was committed,
-/// or with all that recovery does done.
-fn interrupted_opening(
-    rng: &mut Rng,
-    setup: &Setup,
-    disk: SimDisk,
-    mut catalog: Catalog,
-) -> Result<(SimDisk, Catalog), String> {
-    if rng.chance(2) {
-        catalog.epoch = catalog.epoch.plus(1 + rng.below(2));
-        return Ok((disk, catalog));
-    }
-    let staged = std::fs::read(&setup.staging_path).ok();
-    let mut io = SimIo::new(rng.next());
-    io.add_device(DeviceId(0), disk.clone());
-    let harness = Harness::open(&mut io, setup, catalog, &disk.list())
-        .map_err(|error| format!("opening: {error}"))?;
-    catalog = harness.catalog.clone();
-    let volume = harness.volume;
-    let after = disk.kill(rng.next());
-    drop(io);
-    drop(volume);
-    match staged {
-        Some(staged) => std::fs::write(&setup.staging_path, staged),
-        None => std::fs::remove_file(&setup.staging_path),
-    }
-    .map_err(|error| format!("putting the staging file back: {error}"))?;
-    Ok((after, catalog))
-}
-
-/// Runs one seed: a few lives of a volume, each ended by a crash. Returns how many crashes.
-fn simulate(seed: u64, scratch: &Path) -> Result<u64, String> {
-    let staging = Staging(scratch.join(format!("staging-{seed}")));
-    let mut setup = Setup::small(staging.0.clone());
-    setup.size_bytes = VOLUME_BYTES;
-    setup.checkpoint_log_bytes = u64::MAX;
-    let mut catalog = Catalog::new(VOLUME_BYTES);
-    let mut disk = SimDisk::new(seed);
-    let mut simulation = Simulation {
-        rng: Rng::new(seed),
-        history: History {
-            base: vec![0; SECTORS],
-            changes: VecDeque::new(),
-            flushed: 0,
-            acknowledged: 0,
-        },
-        next_stamp: 0,
-    };
-    let lives = 2 + simulation.rng.below(4);
-    for life in 0..lives {
-        let mut io = SimIo::new(seed ^ life);
-        io.add_device(DeviceId(0), disk.clone());
-        let mut harness = Harness::open(&mut io, &setup, catalog, &disk.list())
-            .map_err(|error| format!("life {life}: opening: {error}"))?;
-        if !harness.recovery.warnings.is_empty() {
-            return Err(format!("life {life}: {:?}", harness.recovery.warnings));
-        }
+        let staging = scratch.join(format!("staging-{seed}"));
+        let mut setup = Setup::small(staging);
+        setup.size_bytes = VOLUME_BYTES;
+        setup.segment_bytes = SEGMENT_BYTES;
+        setup.checkpoint_log_bytes = u64::MAX;
+        simulation.add(Catalog::new(VOLUME_BYTES), vec![0; SECTORS], None, &setup);
         simulation
-            .drive(&mut harness)
-            .map_err(|what| format!("life {life}: {what}"))?;
-        catalog = harness.catalog.clone();
+    }
+
+    fn add(&mut self, catalog: Catalog, base: State, origin: Option<Uuid>, setup: &Setup) {
+        let mut setup = setup.clone();
+        let number = self.volumes.len();
+        setup.staging_path.set_extension(number.to_string());
+        self.volumes.push(Disk {
+            catalog,
+            history: History::new(base),
+            origin,
+            setup,
+        });
+    }
+
+    fn fresh_uuid(&mut self) -> Uuid {
+        self.next_stamp += 1;
+        let mut bytes = [0x5a; 16];
+        bytes[..8].copy_from_slice(&self.next_stamp.to_be_bytes());
+        Uuid(bytes)
+    }
+
+    /// The catalog of a volume as its next opening takes it, and segments that may be its own.
+    fn to_open(&self, number: usize) -> (Catalog, Vec<SegmentNumber>) {
+        let mut catalog = self.volumes[number].catalog.clone();
+        let next = self.volumes.iter().map(|disk| disk.catalog.next_number);
+        catalog.next_number = next.max().unwrap_or(1);
+        let others = |segment: &SegmentNumber| {
+            let has = |disk: &Disk| disk.catalog.rows.contains_key(segment);
+            self.volumes
+                .iter()
+                .enumerate()
+                .any(|(i, disk)| i != number && has(disk))
+        };
+        let ours = |segment: &SegmentNumber| {
+            let header = self.disk.identify(*segment);
+            header.is_ok_and(|header| header.volume == catalog.uuid)
+                || self.disk.identify(*segment).is_err()
+        };
+        let listed = self.disk.list().into_iter();
+        let listed = listed.filter(|n| !others(n) && ours(n)).collect();
+        (catalog, listed)
+    }
+
+    /// Opens a volume, drives it, and ends its life by a crash. Returns how, and what must be there.
+    fn live_and_die(&mut self, number: usize) -> Result<(&'static str, usize), String> {
+        let mut io = SimIo::new(self.rng.next());
+        io.add_device(DeviceId(0), self.disk.clone());
+        let (catalog, listed) = self.to_open(number);
+        let setup = self.volumes[number].setup.clone();
+        let mut harness = Harness::open(&mut io, &setup, catalog, &listed)
+            .map_err(|error| format!("opening: {error}"))?;
+        refuse_warnings(&harness)?;
+        self.drive(number, &mut harness)?;
+        self.volumes[number].catalog = harness.catalog.clone();
         let volume = harness.volume;
-        let power_loss = simulation.rng.chance(2);
-        let (after, least) = if power_loss {
-            let mode = match simulation.rng.below(4) {
+        let power_loss = self.rng.chance(2);
+        let seed = self.rng.next();
+        let history = &self.volumes[number].history;
+        let outcome = if power_loss {
+            let mode = match self.rng.below(4) {
                 0 => CrashMode::LoseUnsynced,
                 1 => CrashMode::KeepAll,
                 _ => CrashMode::Random,
             };
-            (
-                disk.crash(mode, simulation.rng.next()),
-                simulation.history.flushed,
-            )
+            self.disk = self.disk.crash(mode, seed);
+            ("power loss", history.flushed)
         } else {
-            (
-                disk.kill(simulation.rng.next()),
-                simulation.history.acknowledged,
-            )
+            self.disk = self.disk.kill(seed);
+            ("the daemon's death", history.acknowledged)
         };
         drop(io);
         drop(volume);
         if power_loss {
-            let _ = std::fs::remove_file(&staging.0);
+            self.forget_staging();
         }
-        disk = after;
-        if simulation.rng.chance(3) {
-            (disk, catalog) = interrupted_opening(&mut simulation.rng, &setup, disk, catalog)
-                .map_err(|what| format!("life {life}: interrupted opening: {what}"))?;
+        self.crashes += 1;
+        Ok(outcome)
+    }
+
+    fn forget_staging(&self) {
+        for disk in &self.volumes {
+            let _ = std::fs::remove_file(&disk.setup.staging_path);
         }
-        // What is there now?
-        let mut io = SimIo::new(seed ^ life ^ 0xff);
-        io.add_device(DeviceId(0), disk.clone());
-        let mut harness = Harness::open(&mut io, &setup, catalog, &disk.list())
-            .map_err(|error| format!("life {life}: recovery: {error}"))?;
-        if !harness.recovery.warnings.is_empty() {
-            return Err(format!(
-                "life {life}: recovery: {:?}",
-                harness.recovery.warnings
-            ));
+    }
+
+    /// An opening that dies before it has a staging ring of its own: right after its epoch was
+    /// committed, or with all that recovery does done.
+    fn interrupted_opening(&mut self, number: usize) -> Result<(), String> {
+        let epochs = 1 + self.rng.below(2);
+        if self.rng.chance(2) {
+            let catalog = &mut self.volumes[number].catalog;
+            catalog.epoch = catalog.epoch.plus(epochs);
+            return Ok(());
         }
-        let found = read_state(&mut harness).map_err(|what| format!("life {life}: {what}"))?;
-        let history = &mut simulation.history;
-        let how = if power_loss {
-            "power loss"
-        } else {
-            "the daemon's death"
+        let setup = self.volumes[number].setup.clone();
+        let staged = std::fs::read(&setup.staging_path).ok();
+        let mut io = SimIo::new(self.rng.next());
+        io.add_device(DeviceId(0), self.disk.clone());
+        let (catalog, listed) = self.to_open(number);
+        let harness = Harness::open(&mut io, &setup, catalog, &listed)
+            .map_err(|error| format!("interrupted opening: {error}"))?;
+        self.volumes[number].catalog = harness.catalog.clone();
+        let volume = harness.volume;
+        let seed = self.rng.next();
+        self.disk = self.disk.kill(seed);
+        drop(io);
+        drop(volume);
+        let back = match staged {
+            Some(staged) => std::fs::write(&setup.staging_path, staged),
+            None => std::fs::remove_file(&setup.staging_path),
         };
-        if history.prefix(&found, least).is_none() {
-            let anywhere = history.prefix(&found, 0);
-            return Err(format!(
-                "life {life}: after {how} the volume is not a prefix of at least {least} of {} \
-                 changes (acknowledged {}; a shorter prefix that fits: {anywhere:?})",
-                history.changes.len(),
-                history.acknowledged,
-            ));
+        back.map_err(|error| format!("putting the staging file back: {error}"))
+    }
+
+    /// Opens a volume and holds it against its history, which it then is the base of. Leaves it closed,
+    /// or as after the daemon's death.
+    fn verify(&mut self, number: usize, least: usize, close: bool) -> Result<(), String> {
+        let mut io = SimIo::new(self.rng.next());
+        io.add_device(DeviceId(0), self.disk.clone());
+        let (catalog, listed) = self.to_open(number);
+        let setup = self.volumes[number].setup.clone();
+        let mut harness = Harness::open(&mut io, &setup, catalog, &listed)
+            .map_err(|error| format!("recovery: {error}"))?;
+        refuse_warnings(&harness)?;
+        let head = read_state(&mut harness)?;
+        let failed = |error| format!("a checkpoint after recovery: {error}");
+        let pending = harness.catalog.readable().any(|row| row.root.is_none());
+        let checkpoint = pending || self.rng.chance(3);
+        if checkpoint {
+            harness.checkpoint().map_err(failed)?;
+            check_space(&self.disk, &harness.catalog)?;
         }
-        *history = History {
-            base: found,
-            changes: VecDeque::new(),
-            flushed: 0,
-            acknowledged: 0,
-        };
-        let live: u64 = harness.volume.stats().space.live_blocks;
-        if live != harness.volume.stats().mapped_blocks {
-            return Err(format!(
-                "life {life}: {live} blocks are counted live, {} are mapped",
-                harness.volume.stats().mapped_blocks
-            ));
+        let mut snapshots: Vec<(Uuid, State)> = Vec::new();
+        let mut before = None;
+        for row in harness.catalog.readable() {
+            let root = row.root.expect("a checkpoint gave it one");
+            let (mapped, size) = (row.mapped_blocks, row.size_bytes);
+            let contents = read_root(&self.disk, &setup, root, mapped, size, &PARTS)?;
+            if let Some((old, place)) = before {
+                let (_, old_state): &(Uuid, State) = &snapshots[place];
+                check_difference(&self.disk, (old, old_state), (root, &contents))?;
+            }
+            before = Some((root, snapshots.len()));
+            snapshots.push((row.uuid, contents));
         }
-        // Either goes on from a clean close, or crashes again at once.
-        catalog = if simulation.rng.chance(2) {
+        if let (Some((old, place)), true) = (before, checkpoint) {
+            let new = (harness.catalog.checkpoint.root, &head);
+            check_difference(&self.disk, (old, &snapshots[place].1), new)?;
+        }
+        let history = &mut self.volumes[number].history;
+        history.check(&head, least, &snapshots)?;
+        history.settle(head, snapshots);
+        if checkpoint && self.rng.chance(3) {
+            let mut walk = SimIo::new(2);
+            walk.add_device(DeviceId(0), self.disk.clone());
+            while harness.release_next(&mut walk).map_err(failed)? {
+                check_space(&self.disk, &harness.catalog)?;
+            }
+        }
+        let catalog = if close {
             harness
                 .close()
-                .map_err(|error| format!("life {life}: closing: {error}"))?
+                .map_err(|error| format!("closing: {error}"))?
         } else {
             harness.settle();
             harness.catalog.clone()
         };
+        self.volumes[number].catalog = catalog;
+        Ok(())
     }
-    Ok(lives)
+
+    /// What policy does with a volume that is closed.
+    fn manage(&mut self, number: usize) -> Result<(), String> {
+        let rooted = |disk: &Disk| -> Vec<Uuid> {
+            let readable = disk.catalog.readable();
+            readable.map(|row| row.uuid).collect()
+        };
+        let snapshots = rooted(&self.volumes[number]);
+        if snapshots.is_empty() {
+            return Ok(());
+        }
+        let chosen = snapshots[self.rng.below(snapshots.len() as u64) as usize];
+        let fresh = self.fresh_uuid();
+        if self.rng.chance(2) {
+            let disk = &mut self.volumes[number];
+            disk.catalog.roll_back(chosen, fresh);
+            let base = disk.history.settled[&chosen].clone();
+            let settled = std::mem::take(&mut disk.history.settled);
+            disk.history.settle(base, settled.into_iter().collect());
+        } else if self.volumes.len() < MOST_VOLUMES {
+            let disk = &self.volumes[number];
+            let clone = disk.catalog.clone_of(chosen, fresh);
+            let base = disk.history.settled[&chosen].clone();
+            let setup = disk.setup.clone();
+            self.add(clone, base, Some(chosen), &setup);
+        }
+        Ok(())
+    }
+
+    /// Drives the volume for a while.
+    fn drive(&mut self, number: usize, harness: &mut Harness<'_>) -> Result<(), String> {
+        let turns = 20 + self.rng.below(300);
+        let mut driving = Driving::default();
+        for _ in 0..turns {
+            self.begin_something(number, harness, &mut driving);
+            harness.turn(false);
+            if self.rng.chance(100) {
+                harness.clock_ns += 2_000_000_000;
+            }
+            if let Some(taking) = &driving.taking
+                && taking.at.get().is_some()
+            {
+                self.volumes[number].history.noted(taking.uuid);
+            }
+            if !self.end_something(number, harness, &mut driving)? {
+                return Ok(());
+            }
+            if !self.commit_something(harness, &mut driving)? {
+                return Ok(());
+            }
+            if self.rng.chance(30) && driving.modification.is_none() {
+                self.read_some(number, harness)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn begin_something(&mut self, number: usize, harness: &mut Harness<'_>, now: &mut Driving) {
+        if now.modification.is_none() && self.rng.chance(2) {
+            now.modification = Some(self.submit_change(number, harness));
+        }
+        let history = &self.volumes[number].history;
+        if now.flushes.len() < 3 && self.rng.chance(12) {
+            let id = harness.submit(RequestKind::Flush, false);
+            now.flushes.push((id, history.acknowledged));
+        }
+        let readable = harness.catalog.readable().count();
+        if now.taking.is_none() && readable < MOST_SNAPSHOTS && self.rng.chance(40) {
+            let uuid = self.fresh_uuid();
+            self.volumes[number].history.take(uuid);
+            let (kind, at) = Harness::snapshot_request(uuid);
+            let id = harness.submit(kind, false);
+            now.taking = Some(Taking { id, uuid, at });
+        }
+        if readable > 0 && self.rng.chance(60) {
+            self.begin_removal(number, harness);
+        }
+        if now.adopting.is_none() && harness.catalog.clone && self.rng.chance(60) {
+            let kind = RequestKind::Adopt {
+                offset_bytes: 0,
+                len_bytes: VOLUME_BYTES,
+                copied: Default::default(),
+            };
+            now.adopting = Some(harness.submit(kind, false));
+        }
+        self.begin_checkpoint(harness, now);
+    }
+
+    fn begin_removal(&mut self, number: usize, harness: &mut Harness<'_>) {
+        let cloned = |uuid: &Uuid| self.volumes.iter().any(|disk| disk.origin == Some(*uuid));
+        let rows = harness.catalog.readable().map(|row| row.uuid);
+        let rows: Vec<Uuid> = rows.filter(|uuid| !cloned(uuid)).collect();
+        if !rows.is_empty() {
+            let chosen = rows[self.rng.below(rows.len() as u64) as usize];
+            harness.catalog.begin_removal(chosen);
+            self.volumes[number].history.forget(chosen);
+        }
+    }
+
+    fn begin_checkpoint(&mut self, harness: &mut Harness<'_>, now: &mut Driving) {
+        if now.checkpoint_running || now.uncommitted.is_some() {
+            return;
+        }
+        // Under the commit lock: no snapshot is between its note and its row.
+        if now.release.is_none()
+            && now.taking.is_none()
+            && self.rng.chance(20)
+            && let Some(uuid) = harness.catalog.next_to_release()
+            && harness
+                .catalog
+                .snapshot(uuid)
+                .is_some_and(|row| row.root.is_some())
+        {
+            harness.begin_release(uuid);
+            now.release = Some(Release::First(uuid));
+        }
+        let one_in = if now.release.is_some() { 8 } else { 40 };
+        if self.rng.chance(one_in) {
+            harness.volume.start_checkpoint();
+            now.checkpoint_running = true;
+            now.for_release = now.release.is_some();
+        }
+    }
+
+    /// Takes what has finished. False: a crash comes now.
+    fn end_something(
+        &mut self,
+        number: usize,
+        harness: &mut Harness<'_>,
+        now: &mut Driving,
+    ) -> Result<bool, String> {
+        let history = &mut self.volumes[number].history;
+        for finished in std::mem::take(&mut harness.finished) {
+            let id = finished.id;
+            finished
+                .result
+                .map_err(|why| format!("request {id:?} failed: {why:?}"))?;
+            if let Some(done) = now.modification.take_if(|m| m.id == id) {
+                history.acknowledged += done.changes;
+            } else if let Some(at) = now.flushes.iter().position(|f| f.0 == id) {
+                let covered = now.flushes.swap_remove(at).1;
+                history.flushed = history.flushed.max(covered);
+            } else if let Some(taken) = now.taking.take_if(|t| t.id == id) {
+                history.promise(taken.uuid);
+                if self.rng.chance(8) {
+                    // The row was not written yet; the note is enough.
+                    return Ok(false);
+                }
+                let position = *taken.at.get().expect("it has a position");
+                let size_bytes = harness.catalog.size_bytes;
+                harness
+                    .catalog
+                    .add_snapshot(taken.uuid, position, size_bytes);
+            } else {
+                now.adopting.take_if(|adopting| *adopting == id);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Commits a checkpoint that is ready, in its time. False: a crash comes now.
+    fn commit_something(
+        &mut self,
+        harness: &mut Harness<'_>,
+        now: &mut Driving,
+    ) -> Result<bool, String> {
+        if let Some(result) = harness.volume.take_checkpoint() {
+            now.checkpoint_running = false;
+            now.uncommitted =
+                Some(result.map_err(|error| format!("a checkpoint failed: {error}"))?);
+            return Ok(true);
+        }
+        let free = now.taking.is_none() && self.rng.chance(4);
+        let Some(result) = now.uncommitted.take_if(|_| free) else {
+            return Ok(true);
+        };
+        let release = now.release.filter(|_| now.for_release);
+        match release {
+            Some(Release::Last(uuid)) => {
+                harness.commit_released(&result, Some(uuid));
+                now.release = None;
+            }
+            _ => harness.commit(&result),
+        }
+        check_space(&self.disk, &harness.catalog)?;
+        if self.rng.chance(10) {
+            return Ok(false);
+        }
+        harness.volume.checkpoint_committed(result.id);
+        if let Some(Release::First(uuid)) = release {
+            let mut walk = SimIo::new(self.rng.next());
+            walk.add_device(DeviceId(0), self.disk.clone());
+            harness.walk_released(uuid, &mut walk);
+            now.release = Some(Release::Last(uuid));
+        }
+        Ok(true)
+    }
+
+    /// Reads see what was acknowledged.
+    fn read_some(&mut self, number: usize, harness: &mut Harness<'_>) -> Result<(), String> {
+        let part = PARTS[self.rng.below(2) as usize].clone();
+        let at = part.start * 8 + self.rng.below((part.end - part.start) * 8 - 64);
+        let bytes = harness
+            .read(at * SECTOR, 64 * SECTOR as usize)
+            .map_err(|why| format!("a read failed: {why:?}"))?;
+        let state = self.volumes[number].history.now();
+        for (sector, bytes) in (at..).zip(bytes.chunks_exact(SECTOR as usize)) {
+            if stamp_of(sector, bytes) != Some(state[sector as usize]) {
+                return Err(format!("a read of sector {sector} is wrong"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Submits one random change; the model gets its parts in the order in which the engine commits
+    /// them.
+    fn submit_change(&mut self, number: usize, harness: &mut Harness<'_>) -> Modification {
+        let rng = &mut self.rng;
+        let history = &mut self.volumes[number].history;
+        let part = PARTS[rng.below(2) as usize].clone();
+        let (first, last) = (part.start * 8, part.end * 8);
+        let mut from = first + rng.below(last - first);
+        let most = if rng.chance(6) { 400 } else { 24 };
+        let mut to = (from + 1 + rng.below(most)).min(last);
+        if rng.chance(2) {
+            from &= !7;
+            to = to.next_multiple_of(8).min(last);
+        }
+        let before = history.changes.len();
+        let kind = rng.below(10);
+        if kind >= 2 {
+            self.next_stamp += 1;
+            // Some writes are of zeroes, which take no space.
+            let stamp = if kind == 2 { 0 } else { self.next_stamp };
+            let memory = Memory::new(&stamped(from, to, stamp));
+            history.write(from, to, stamp, PIECE_BLOCKS);
+            let kind = RequestKind::Write {
+                offset_bytes: from * SECTOR,
+                from: memory.bufs(),
+            };
+            return Modification {
+                id: harness.submit(kind, false),
+                changes: history.changes.len() - before,
+                _memory: Some(memory),
+            };
+        }
+        if rng.chance(8) {
+            // Over what is never mapped, and over the leaf's end.
+            (from, to) = (PARTS[0].end * 8 - 24, PARTS[1].start * 8 + 260);
+        }
+        let exact = kind == 0;
+        history.unmap(from, to, exact);
+        let kind = RequestKind::Unmap {
+            offset_bytes: from * SECTOR,
+            len_bytes: (to - from) * SECTOR,
+            exact,
+        };
+        Modification {
+            id: harness.submit(kind, false),
+            changes: history.changes.len() - before,
+            _memory: None,
+        }
+    }
 }
 
-fn number(name: &str, default: u64) -> u64 {
-    std::env::var(name)
-        .ok()
-        .and_then(|value| value.parse().ok())
-        .unwrap_or(default)
+impl Drop for Simulation {
+    fn drop(&mut self) {
+        self.forget_staging();
+    }
+}
+
+fn refuse_warnings(harness: &Harness<'_>) -> Result<(), String> {
+    let warnings = &harness.recovery.warnings;
+    if warnings.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("recovery warns: {warnings:?}"))
+    }
+}
+
+fn read_state(harness: &mut Harness<'_>) -> Result<State, String> {
+    let mut state = vec![0; SECTORS];
+    for part in PARTS {
+        let (offset, len) = (part.start * 4096, (part.end - part.start) * 4096);
+        let bytes = harness
+            .read(offset, len as usize)
+            .map_err(|why| format!("reading at {offset}: {why:?}"))?;
+        let first = offset / SECTOR;
+        for (sector, bytes) in (first..).zip(bytes.chunks_exact(SECTOR as usize)) {
+            let stamp = stamp_of(sector, bytes).ok_or(format!("sector {sector} is torn"))?;
+            state[sector as usize] = stamp;
+        }
+    }
+    Ok(state)
+}
+
+/// Runs one seed: a few lives of volumes, each ended by a crash. Returns how many crashes.
+fn simulate(seed: u64, scratch: &Path) -> Result<u64, String> {
+    let mut simulation = Simulation::new(seed, scratch);
+    let lives = 2 + simulation.rng.below(8);
+    for life in 0..lives {
+        let number = simulation.rng.below(simulation.volumes.len() as u64) as usize;
+        one_life(&mut simulation, number)
+            .map_err(|what| format!("life {life}, volume {number}: {what}"))?;
+    }
+    for number in 0..simulation.volumes.len() {
+        simulation
+            .verify(number, 0, true)
+            .map_err(|what| format!("at the end, volume {number}: {what}"))?;
+    }
+    Ok(simulation.crashes)
+}
+
+fn one_life(simulation: &mut Simulation, number: usize) -> Result<(), String> {
+    let (how, least) = simulation.live_and_die(number)?;
+    if simulation.rng.chance(3) {
+        simulation.interrupted_opening(number)?;
+    }
+    let close = simulation.rng.chance(2);
+    simulation
+        .verify(number, least, close)
+        .map_err(|what| format!("after {how}: {what}"))?;
+    if close && simulation.rng.chance(2) {
+        simulation.manage(number)?;
+    }
+    Ok(())
+}
+
+fn number(name: &str) -> Option<u64> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
+/// Where the staging files go: memory, as in production, where there is some.
+fn scratch(name: &str) -> PathBuf {
+    let (memory, temporary) = (Path::new("/dev/shm"), std::env::temp_dir());
+    let base = if memory.is_dir() { memory } else { &temporary };
+    let path = base.join(format!("vhostd-{name}-{}", std::process::id()));
+    std::fs::create_dir_all(&path).unwrap();
+    path
 }
 
 #[test]
 fn every_crash_leaves_a_prefix_with_all_that_was_promised() {
-    let scratch = std::env::temp_dir().join(format!("vhostd-crash-{}", std::process::id()));
-    std::fs::create_dir_all(&scratch).unwrap();
-    let wanted = number("VHOSTD_CRASHES", 400);
-    let mut seed = number("VHOSTD_SEED", 1);
-    let mut crashes = 0;
-    while crashes < wanted {
+    let scratch = scratch("crash");
+    let range = std::env::var("VHOSTD_SEEDS").ok().and_then(|range| {
+        let (first, end) = range.split_once("..")?;
+        Some((first.parse::<u64>().ok()?, end.parse::<u64>().ok()?))
+    });
+    let (first, end) = range.unwrap_or((number("VHOSTD_SEED").unwrap_or(1), u64::MAX));
+    let wanted = match range {
+        Some(_) => u64::MAX,
+        None => number("VHOSTD_CRASHES").unwrap_or(2000),
+    };
+    let (mut seed, mut crashes) = (first, 0);
+    while crashes < wanted && seed < end {
         match simulate(seed, &scratch) {
             Ok(count) => crashes += count,
-            Err(what) => panic!("VHOSTD_SEED={seed} VHOSTD_CRASHES=1: {what}"),
+            Err(what) => panic!("VHOSTD_SEEDS={seed}..{}: {what}", seed + 1),
         }
         seed += 1;
     }
-    println!("{crashes} crashes, seeds up to {}", seed - 1);
+    println!("{crashes} crashes, seeds {first}..{seed}");
     let _ = std::fs::remove_dir_all(&scratch);
 }

@@ -329,7 +329,7 @@ fn recovered(
             root,
             row.mapped_blocks,
             row.size_bytes,
-            &[0..BLOCKS],
+            std::slice::from_ref(&(0..BLOCKS)),
         )?;
         snapshots.push((row.uuid, contents));
     }

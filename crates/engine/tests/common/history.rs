@@ -119,9 +119,17 @@ impl History {
         self.taken.push(Taken {
             uuid,
             earliest: self.acknowledged,
-            latest: self.changes.len(),
+            latest: usize::MAX,
             promised: false,
         });
+    }
+
+    /// Its note is in the log: no later change is in it.
+    pub fn noted(&mut self, uuid: Uuid) {
+        let latest = self.changes.len();
+        for taken in self.taken.iter_mut().filter(|taken| taken.uuid == uuid) {
+            taken.latest = taken.latest.min(latest);
+        }
     }
 
     /// The snapshot is there for good, and with it all that came before.
@@ -129,6 +137,7 @@ impl History {
         let taken = self.taken.iter_mut().find(|taken| taken.uuid == uuid);
         let taken = taken.expect("it was taken");
         taken.promised = true;
+        taken.latest = taken.latest.min(self.changes.len());
         self.flushed = self.flushed.max(taken.earliest);
     }
 

@@ -290,7 +290,7 @@ impl<'a> Harness<'a> {
         self.commit_released(result, None);
     }
 
-    fn commit_released(&mut self, result: &CheckpointResult, released: Option<Uuid>) {
+    pub fn commit_released(&mut self, result: &CheckpointResult, released: Option<Uuid>) {
         self.catalog.commit_released(result, released);
         self.setup.publish(&self.catalog);
     }
