@@ -153,12 +153,18 @@ def _run_snapshots(
     options: Options,
     session: Session,
     parts: Sequence[str],
-    mapped_blocks: int | None,
-    peers: bool,
+    *,
+    mapped_blocks: int | None = None,
+    rounds: int | None = None,
+    peers: bool = True,
 ) -> tuple[list[Path], list[str]]:
     scale = FULL if options.full else QUICK
     if mapped_blocks is not None:
         scale = dataclasses.replace(scale, mapped_blocks=mapped_blocks)
+    if rounds is not None:
+        scale = dataclasses.replace(
+            scale, create_rounds=rounds, load_rounds=rounds, first_rounds=rounds
+        )
     versions = options.versions(session)
     peers = peers and versions["qsd"] is not None
     report = snapshots_report.Report(
@@ -224,17 +230,23 @@ def _run_maps(options: Options, session: Session) -> tuple[list[Path], list[str]
     help="Which parts, separated by commas.",
 )
 @click.option("--mapped-blocks", type=click.IntRange(1), help="Of the volume that is not empty.")
+@click.option("--rounds", type=click.IntRange(1, 100), help="Of each part.")
 @click.option("--peers/--no-peers", default=True, help="qemu-storage-daemon beside it (default).")
 @_common
 def snapshots_command(
-    options: Options, *, parts: str, mapped_blocks: int | None, peers: bool
+    options: Options, *, parts: str, mapped_blocks: int | None, rounds: int | None, peers: bool
 ) -> None:
     """What snapshots cost: to take, to have a thousand of, to write after."""
     wanted = parts.split(",")
     unknown = [name for name in wanted if name not in PARTS]
     if unknown:
         raise click.UsageError(f"no part {unknown[0]}; there are: {', '.join(PARTS)}")
-    _written(*_run_snapshots(options, options.session(), wanted, mapped_blocks, peers))
+    session = options.session()
+    _written(
+        *_run_snapshots(
+            options, session, wanted, mapped_blocks=mapped_blocks, rounds=rounds, peers=peers
+        )
+    )
 
 
 @main.command("space")
@@ -259,7 +271,7 @@ def all_command(options: Options) -> None:
     paths: list[Path] = []
     failures: list[str] = []
     works: list[tuple[float, Callable[[Session], tuple[list[Path], list[str]]]]] = [
-        (0.6, lambda part: _run_snapshots(options, part, PARTS, None, True)),
+        (0.6, lambda part: _run_snapshots(options, part, PARTS)),
         (0.5, lambda part: _run_space(options, part)),
         (1.0, lambda part: _run_maps(options, part)),
     ]

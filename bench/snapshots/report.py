@@ -111,17 +111,21 @@ def paired(runs: Sequence[Run], subject: str, base: str) -> Ratio | None:
     for quiet_only in (True, False):
         ratios = []
         for number in rounds:
-            ones = [
-                next((r for r in runs if r.backend == name and r.round == number), None)
+            mine, theirs = (
+                [
+                    run
+                    for run in runs
+                    if (run.backend, run.round) == (name, number)
+                    and not (quiet_only and run.noise)
+                    and run.result.requests_per_s > 0
+                ]
                 for name in (subject, base)
-            ]
-            mine, theirs = ones
-            if mine is None or theirs is None or mine.state != theirs.state:
-                continue
-            if quiet_only and (mine.noise or theirs.noise):
-                continue
-            if theirs.result.requests_per_s > 0:
-                ratios.append(mine.result.requests_per_s / theirs.result.requests_per_s)
+            )
+            # A noisy run was done again: the last pair of one state is the one to take.
+            alike = [(m, t) for m in mine for t in theirs if m.state == t.state in stats.STATES]
+            if alike:
+                one, other = alike[-1]
+                ratios.append(one.result.requests_per_s / other.result.requests_per_s)
         if ratios:
             middle = statistics.median(ratios)
             return Ratio(middle, min(ratios), max(ratios), len(ratios), not quiet_only)

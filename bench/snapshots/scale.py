@@ -29,6 +29,8 @@ class Scale:
     internal: tuple[int, ...]
     external: tuple[int, ...]
     load_rounds: int
+    load_retries: int
+    """How often a noisy run is done again."""
     seconds: float
     warm_up_s: float
     # The first write.
@@ -54,6 +56,7 @@ QUICK = Scale(
     internal=(10,),
     external=(1, 8),
     load_rounds=1,
+    load_retries=0,
     seconds=1.0,
     warm_up_s=0.3,
     first_region_bytes=1 << 30,
@@ -76,6 +79,7 @@ FULL = Scale(
     internal=(10, 64),
     external=(1, 8, 64),
     load_rounds=5,
+    load_retries=1,
     seconds=4.0,
     warm_up_s=1.0,
     first_region_bytes=16 << 30,

@@ -33,6 +33,11 @@ def test_noisy_rounds_count_only_where_no_round_was_quiet() -> None:
     assert report.paired(noisy[:1], "many", "none") is None
 
 
+def test_a_noisy_run_gives_way_to_the_one_that_was_done_again() -> None:
+    again = [run("many", 0, 50.0, busy_s=3.9), run("many", 0, 90.0), run("none", 0, 100.0)]
+    assert report.paired(again, "many", "none") == Ratio(0.9, 0.9, 0.9, 1, False)
+
+
 def passes(disk: str, *rates: tuple[str, int, float]) -> list[Pass]:
     return [
         Pass(kind, cycle, judge(result(rate), disk, kind, 0, dropped=False))
