@@ -14,7 +14,7 @@ from bench.machine import Machine
 __all__ = ["Line", "chart", "head", "milliseconds", "table", "verdict", "write"]
 
 COLOURS = ("#1b6ca8", "#c0392b", "#7f8c8d", "#27ae60", "#8e44ad", "#d68910")
-WIDTH_PX, HEIGHT_PX, MARGIN_PX = 640, 220, 48
+WIDTH_PX, HEIGHT_PX, MARGIN_PX, LEGEND_PX = 720, 240, 48, 300
 
 
 def head(title: str, machine: Machine, cores: tuple[int, int], version: str | None) -> list[str]:
@@ -106,7 +106,7 @@ def chart(
             f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
         )
         parts.append(
-            f'<text x="{MARGIN_PX + 170 + 130 * number}" y="16" fill="{colour}">'
+            f'<text x="{MARGIN_PX + LEGEND_PX + 110 * number}" y="16" fill="{colour}">'
             f"{escape(line.name)}</text>"
         )
     return [*parts, "</svg>", ""]

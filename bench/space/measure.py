@@ -42,6 +42,8 @@ class Rotation(msgspec.Struct):
 class Found(msgspec.Struct):
     runs: list[Rotation] = []
     failures: list[str] = []
+    left_out: list[str] = []
+    """Runs there was no time for."""
 
 
 def measure(session: Session, scale: Scale) -> Found:
@@ -50,8 +52,9 @@ def measure(session: Session, scale: Scale) -> Found:
     last_s = 0.0
     for rate in scale.rates:
         if not session.has_time(len(found.runs), last_s):
-            session.say("space: no time for another run")
-            break
+            found.left_out.append("full speed" if rate is None else f"{rate:,} requests a second")
+            session.say(f"space: no time for {found.left_out[-1]}")
+            continue
         begin = time.monotonic()
         try:
             found.runs.append(_rotate(session, scale, rate))

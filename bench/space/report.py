@@ -104,6 +104,8 @@ def markdown(report: Report) -> list[str]:
     ]
     for run in report.found.runs if report.found else []:
         lines += _run(run)
+    if report.found and report.found.left_out:
+        lines += [f"There was no time for: {', '.join(report.found.left_out)}.", ""]
     failures = report.failures + (report.found.failures if report.found else [])
     if failures:
         lines += ["## Failures", "", *(f"- {failure}" for failure in failures), ""]
