@@ -16,6 +16,7 @@ from bench.daemon import Daemon
 from bench.disks import fill_socket
 from bench.session import SECTOR_BYTES, Session, sectors_written, segment_bytes_on_disk
 from bench.space.account import Sample, reached_blocks
+from bench.space.holes import hole_s
 from bench.space.scale import Scale
 
 __all__ = ["Found", "Rotation", "measure"]
@@ -40,6 +41,8 @@ class Rotation(msgspec.Struct):
 
 
 class Found(msgspec.Struct):
+    hole_s: float | None = None
+    """What punching one block costs on this file system, by itself."""
     runs: list[Rotation] = []
     failures: list[str] = []
     left_out: list[str] = []
@@ -48,7 +51,7 @@ class Found(msgspec.Struct):
 
 def measure(session: Session, scale: Scale) -> Found:
     """What fails is kept in `failures`, and the runs before it."""
-    found = Found()
+    found = Found(hole_s(session.scratch))
     last_s = 0.0
     for rate in scale.rates:
         if not session.has_time(len(found.runs), last_s):

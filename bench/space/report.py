@@ -102,6 +102,16 @@ def markdown(report: Report) -> list[str]:
         "for.",
         "",
     ]
+    if report.found is not None:
+        cost_s = report.found.hole_s
+        lines += [
+            "On this file system holes cannot be punched."
+            if cost_s is None
+            else f"Punching one block out of a file takes {cost_s * 1e6:,.0f} µs on this file "
+            "system. (Mounted with `discard` that may be a TRIM each time, which bounds what can "
+            "be given back.)",
+            "",
+        ]
     for run in report.found.runs if report.found else []:
         lines += _run(run)
     if report.found and report.found.left_out:

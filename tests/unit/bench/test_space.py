@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.loadgen import Interval
-from bench.space import account, report
+from bench.space import account, holes, report
 from bench.space.account import Sample
 from bench.space.measure import Found, Rotation
 from tests.unit.bench.made import MACHINE, result
@@ -73,6 +73,12 @@ def test_latencies_are_told_apart_by_whether_space_was_given_back() -> None:
     assert (idle.p99_ns, idle.requests) == ([10, 20], 10)
 
 
+def test_a_hole_is_timed_or_said_to_be_impossible(tmp_path: Path) -> None:
+    cost_s = holes.hole_s(tmp_path)
+    assert cost_s is None or 0 < cost_s < 10
+    assert not list(tmp_path.iterdir())
+
+
 def made(largest: int) -> report.Report:
     series = [Interval(at_s=0.0, seconds=1.0, requests=9, p50_ns=1, p99_ns=2000, max_ns=3000)]
     run = Rotation(
@@ -85,7 +91,7 @@ def made(largest: int) -> report.Report:
         snapshots=40,
         snapshot_s=[0.001],
     )
-    return report.Report(MACHINE, "test", (0, 1), {"vhostd": "1"}, Found([run]))
+    return report.Report(MACHINE, "test", (0, 1), {"vhostd": "1"}, Found(0.005, [run]))
 
 
 def test_the_largest_usage_decides_and_not_the_last() -> None:
@@ -93,6 +99,7 @@ def test_the_largest_usage_decides_and_not_the_last() -> None:
     assert "1.20, 1.40: **missed** (asked: ≤ 1.3)" in text
     assert "the same when all had settled | 1.00: reached" in text
     assert "written over 10.0 times" in text
+    assert "takes 5,000 µs" in text
     assert "1.29: reached" in "\n".join(report.markdown(made(129)))
 
 
