@@ -211,7 +211,7 @@ def test_damaged_catalog_costs_only_its_pool(host: Host) -> None:
     assert "catalog.sqlite is damaged" in said
     pools = {pool["name"]: pool["error"] for pool in host.json("pool", "list")}
     assert pools["good"] is None
-    assert "restore" in (pools["bad"] or "")
+    assert "rebuild-catalog" in (pools["bad"] or "")
     states = {a["socket"]: a["state"] for a in host.json("attachments")}
     assert states == {bad: "failed", good: "listening"}
     catalog.write_bytes(content)

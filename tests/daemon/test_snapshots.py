@@ -270,9 +270,6 @@ def test_snapshot_attachment_survives_a_restart_and_refuses_writes(host: Host) -
             disk.write(0, page(6))
 
 
-@pytest.mark.skipif(
-    not hasattr(_native.Volume, "set_limit"), reason="this engine has no limits yet"
-)
 def test_quota_stops_a_volume_and_reservations_are_kept(host: Host) -> None:
     host.serve()
     host.pool()

@@ -477,7 +477,7 @@ class Catalog:
                 ),
             )
             covered = state["segment"] << 13 | state["end_block"]
-            self.snapshots.give_roots(db, volume, result.get("snapshots", ()), covered)
+            self.snapshots.give_roots(db, volume, result["snapshots"], covered)
             self.snapshots.forget(db, volume, released)
 
     def _check_position(
@@ -537,10 +537,10 @@ class Catalog:
                     row["sealed"],
                     row["used_blocks"],
                     row["live"],
-                    row.get("dead", b""),
-                    row.get("punched_blocks", 0),
-                    row.get("notes", 0),
-                    row.get("unmaps", 0),
+                    row["dead"],
+                    row["punched_blocks"],
+                    row["notes"],
+                    row["unmaps"],
                 ),
             )
         for number in removed:

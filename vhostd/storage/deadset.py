@@ -20,7 +20,7 @@ BLOCK_BYTES = 4096
 
 def check_dead_set(row: SegmentRow, old: bytes) -> str | None:
     """What is wrong with the dead set of a row, None if nothing. old: the one committed before."""
-    dead, used_blocks = row.get("dead", b""), row["used_blocks"]
+    dead, used_blocks = row["dead"], row["used_blocks"]
     if row["kind"] == LOG:
         now = int.from_bytes(dead, "little")
         if len(dead) > MAX_BITMAP_BYTES or now.bit_length() > max(used_blocks, 1):
@@ -31,7 +31,7 @@ def check_dead_set(row: SegmentRow, old: bytes) -> str | None:
             return "its header is among its dead blocks"
         if row["live"] + now.bit_count() > used_blocks:
             return f"{row['live']} live and {now.bit_count()} dead are more than it has"
-        if row.get("punched_blocks", 0) > now.bit_count():
+        if row["punched_blocks"] > now.bit_count():
             return "more is punched than is dead"
         return None
     if len(dead) % 8:

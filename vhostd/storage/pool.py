@@ -13,7 +13,6 @@ Any thread may call; calls block, and those that change which volumes are open w
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import threading
 from collections import Counter
@@ -371,7 +370,7 @@ class Pool:
             "limit_bytes": row.quota_bytes,
             "pause_when_full": row.on_full == "pause",
         }
-        return _known(self.engine, arguments)
+        return arguments
 
     def _report_recovery(self, row: VolumeRow, epoch: int, recovered: dict[str, Any]) -> None:
         counts = {
@@ -664,10 +663,3 @@ class Pool:
                 ) from error
             finally:
                 self.device.close()
-
-
-def _known(engine: Engine, arguments: dict[str, Any]) -> dict[str, Any]:
-    parameters = inspect.signature(engine.open_volume).parameters
-    if "arguments" in parameters:
-        return arguments
-    return {name: value for name, value in arguments.items() if name in parameters}

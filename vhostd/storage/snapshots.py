@@ -335,7 +335,12 @@ class Snapshots:
             )
         row, _ = self.with_root(volume, name)
         with self._pool.lock:
-            return self._pool.catalog.add_clone(name=new_volume, snapshot=row.uuid, serial=serial)
+            clone = self._pool.catalog.add_clone(name=new_volume, snapshot=row.uuid, serial=serial)
+        # Opened once, so that its state note is in a segment of its own: without that the clone
+        # would go with the catalog.
+        with self._pool.using(new_volume):
+            pass
+        return clone
 
     def check_clone(self, volume: str) -> VolumeRow:
         """The volume, if it is a clone.

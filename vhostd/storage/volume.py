@@ -212,7 +212,7 @@ class OpenVolume:
         """After opening: rows for snapshots that only the log knew, and a state note if need be."""
         with self._commit_lock:
             for made in self._catalog.snapshots.add_found(
-                self.uuid, self._engine.recovered.get("snapshots", ())
+                self.uuid, self._engine.recovered["snapshots"]
             ):
                 self._log.warning(
                     "a snapshot that was being made when the daemon ended is there", name=made.name
@@ -248,8 +248,7 @@ class OpenVolume:
                 self._catalog.state_noted(self.uuid)
 
     def _note(self, *, write: bool) -> None:
-        if hasattr(self._engine, "note_state"):
-            self._engine.note_state(state_note(self._catalog, self.uuid), write=write)
+        self._engine.note_state(state_note(self._catalog, self.uuid), write=write)
 
     def leave(self, snapshot: UUID) -> None:
         """Before the space of a snapshot is freed: the head, if it descends from it, descends from
@@ -276,15 +275,14 @@ class OpenVolume:
         with self._commit_lock:
             if limit_bytes == self.limit_bytes or self._closed:
                 return
-            if hasattr(self._engine, "set_limit"):
-                self._engine.set_limit(limit_bytes)
-                self.limit_bytes = limit_bytes
+            self._engine.set_limit(limit_bytes)
+            self.limit_bytes = limit_bytes
 
     def set_on_full(self, row: VolumeRow) -> None:
         """Takes over the row after its settings have changed."""
         with self._commit_lock:
             self.row = row
-            if not self._closed and hasattr(self._engine, "set_pause_when_full"):
+            if not self._closed:
                 self._engine.set_pause_when_full(row.on_full == "pause")
 
     def close(self) -> None:

@@ -132,13 +132,9 @@ pub struct Row {
     sealed: bool,
     used_blocks: u32,
     live: u64,
-    #[pyo3(default)]
     dead: Vec<u8>,
-    #[pyo3(default)]
     punched_blocks: u32,
-    #[pyo3(default)]
     notes: u32,
-    #[pyo3(default)]
     unmaps: u32,
 }
 

@@ -182,7 +182,7 @@ impl Shared {
         let shared = Arc::clone(self);
         let place = OnDevice {
             id: device_id,
-            device: Arc::clone(device),
+            device: Arc::downgrade(device),
         };
         Ok((
             Opened::new(

@@ -2,7 +2,7 @@
 //! `Volume.foreign_blocks`. Each has an I/O queue of its own and runs without the GIL.
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
+use std::sync::Weak;
 
 use pyo3::prelude::*;
 use vhostd_engine::io::{DeviceId, UringIo};
@@ -147,12 +147,15 @@ pub fn foreign_blocks(py: Python<'_>, volume: &Volume) -> PyResult<u64> {
 fn own_queue(volume: &Volume) -> Result<UringIo, Failure> {
     let place = &volume.opened.device;
     let mut io = UringIo::new(RECOVERY_RING_ENTRIES).map_err(os("make an io_uring for a walk"))?;
-    io.add_device(place.id, Arc::clone(&place.device));
+    let device = place.device.upgrade().ok_or_else(|| {
+        Failure::new(Kind::NotFound, "the volume's device is closed; open its pool")
+    })?;
+    io.add_device(place.id, device);
     Ok(io)
 }
 
-/// The device that a volume is on.
+/// The device that a volume is on. A volume that somebody forgot to let go must not keep it locked.
 pub struct OnDevice {
     pub id: DeviceId,
-    pub device: Arc<vhostd_engine::device::DirectoryDevice>,
+    pub device: Weak<vhostd_engine::device::DirectoryDevice>,
 }

@@ -325,10 +325,20 @@ impl DirectoryDevice {
 
     pub(crate) fn unlink(&self, number: SegmentNumber) -> io::Result<()> {
         self.files.forget(number);
-        match rustix::fs::unlinkat(&self.root, relative_path(number), AtFlags::empty()) {
-            Ok(()) | Err(Errno::NOENT) => Ok(()),
-            Err(error) => Err(error.into()),
+        let path = relative_path(number);
+        match rustix::fs::unlinkat(&self.root, &path, AtFlags::empty()) {
+            Ok(()) => {}
+            Err(Errno::NOENT) => return Ok(()),
+            Err(error) => return Err(error.into()),
         }
+        // Durable, so that removals reach the disk in the order in which they are made.
+        let directory = rustix::fs::openat(
+            &self.root,
+            Path::new(&path).parent().unwrap_or(Path::new(".")),
+            OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+            Mode::empty(),
+        )?;
+        Ok(rustix::fs::fsync(&directory)?)
     }
 
     /// Bytes free for this process and bytes in all, of the file system.

@@ -67,7 +67,7 @@ pub enum Op {
     /// for on the submitting thread. After an error some of it may be done. Like a write, it may come
     /// undone in a crash, block by block, until a [`Op::Sync`] submitted after its completion is done.
     Release { ranges: Vec<Range<u64>> },
-    /// Removes the segment. Completes with success if it is not there.
+    /// Removes the segment, durably. Completes with success if it is not there.
     Remove,
 }
 

@@ -139,6 +139,8 @@ pub(super) struct Checkpoints {
     pub(super) wanted_after_bytes: u64,
     /// Files to be removed when reads with a serial up to this one have ended.
     removals: Vec<(SegmentNumber, u64)>,
+    /// One of them is on its way.
+    removing: bool,
     closed: Option<Result<Option<CheckpointResult>, VolumeError>>,
 }
 
@@ -551,13 +553,23 @@ impl Volume {
             return;
         }
         let oldest = self.reads_in_flight.first().copied().unwrap_or(u64::MAX);
-        let (now, later): (Vec<_>, Vec<_>) = std::mem::take(&mut self.checkpoints.removals)
-            .into_iter()
-            .partition(|(_, serial)| *serial < oldest);
-        self.checkpoints.removals = later;
-        for (number, _) in now {
+        // One at a time, oldest first, each durable before the next: the unmaps of a segment may keep
+        // blocks of an older one from coming back when maps are rebuilt after a crash.
+        if self.checkpoints.removing {
+            return;
+        }
+        let next = self.checkpoints.removals.first().copied();
+        if let Some((number, _)) = next.filter(|(_, serial)| *serial < oldest) {
+            self.checkpoints.removing = true;
+            self.checkpoints.removals.remove(0);
             self.submit_op(io, number, Op::Remove, VolumeOp::Remove);
         }
+    }
+
+    pub(super) fn removed(&mut self, io: &mut dyn Io) {
+        self.checkpoints.removing = false;
+        self.full.may_be_back();
+        self.remove_dead(io);
     }
 
     /// When writes that wait for a checkpoint should have one tried again; monotonic.

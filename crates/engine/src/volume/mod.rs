@@ -377,7 +377,7 @@ impl Volume {
             VolumeOp::Adopt(op) => self.adopt_read_done(io, *op, result, now),
             VolumeOp::Reclaim(op) => self.reclaim_op_done(io, op, result, now),
             VolumeOp::Carry { slot, buffer } => self.carry_read(io, slot, &buffer, result, now),
-            VolumeOp::Remove => self.full.may_be_back(),
+            VolumeOp::Remove => self.removed(io),
         }
     }
 

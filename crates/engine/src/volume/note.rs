@@ -257,13 +257,15 @@ impl Volume {
         Ok(())
     }
 
-    /// The state that the volume was given, as notes; none if it was given none.
+    /// The state that the volume was given, as notes; none if it was given none. Each part is there
+    /// twice over: should the catalog be lost, one damaged block must not cost the rest.
     pub(super) fn state_notes(&self) -> Vec<Note> {
         if self.history.state.is_empty() {
             return Vec::new();
         }
         // Longer states are refused when they are given.
-        Note::state(&self.history.state).unwrap_or_default()
+        let notes = Note::state(&self.history.state).unwrap_or_default();
+        [notes.clone(), notes].concat()
     }
 
     /// The head now descends from `parent`: snapshots between are being removed.
