@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 
 from tests.daemon.conftest import PROGRAMS, Host
-from vhostd import _native
 from vhostd.errors import BusyError, NoSpaceError, NotFoundError, UsageError
 from vhostd.virtqueue.block import BlockDevice
 from vhostd.virtqueue.errors import RequestError

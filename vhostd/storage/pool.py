@@ -362,7 +362,7 @@ class Pool:
 
     def _snapshot_arguments(self, row: VolumeRow) -> dict[str, Any]:
         rooted = [s.position for s in self.catalog.snapshots.of(row.uuid) if s.root is not None]
-        arguments = {
+        return {
             "parent": self.catalog.snapshots.head_parent(row.uuid),
             "newest_snapshot": max(rooted, default=0),
             "state_note": state_note(self.catalog, row.uuid),
@@ -370,7 +370,6 @@ class Pool:
             "limit_bytes": row.quota_bytes,
             "pause_when_full": row.on_full == "pause",
         }
-        return arguments
 
     def _report_recovery(self, row: VolumeRow, epoch: int, recovered: dict[str, Any]) -> None:
         counts = {
