@@ -148,7 +148,10 @@ fn own_queue(volume: &Volume) -> Result<UringIo, Failure> {
     let place = &volume.opened.device;
     let mut io = UringIo::new(RECOVERY_RING_ENTRIES).map_err(os("make an io_uring for a walk"))?;
     let device = place.device.upgrade().ok_or_else(|| {
-        Failure::new(Kind::NotFound, "the volume's device is closed; open its pool")
+        Failure::new(
+            Kind::NotFound,
+            "the volume's device is closed; open its pool",
+        )
     })?;
     io.add_device(place.id, device);
     Ok(io)

@@ -13,7 +13,8 @@
 //! checkpoint commits. A crash in between costs nothing but punching again.
 //!
 //! It yields to guests: one operation in flight a volume, at a bounded rate, and while requests are
-//! under way at most one in [`YIELD_NS`]. An idle volume goes on, by its deadline; one with nothing to
+//! under way at most one in [`YIELD_NS`]; the more is dead, the less it yields, down to not at all at
+//! [`PRESSING_PERCENT`], because a guest that overwrites fast makes dead blocks as fast. An idle volume goes on, by its deadline; one with nothing to
 //! reclaim has none.
 //!
 //! Memory: for a segment that has something to reclaim, the committed dead set (shared with the table
@@ -36,6 +37,8 @@ use crate::types::SegmentNumber;
 const START_PERCENT: u64 = 10;
 /// …and ends at this one.
 const STOP_PERCENT: u64 = 6;
+/// When this part is, reclaim does not wait for a pause of the guests any more.
+const PRESSING_PERCENT: u64 = 20;
 /// Less than so much is not worth a beginning, nor an operation unless nothing else is left.
 const LEAST_BLOCKS: u64 = 64;
 /// Holes of one operation.
@@ -183,6 +186,14 @@ impl Reclaim {
         self.going && self.enabled && !self.unsupported
     }
 
+    /// How long it waits between two operations while guests have requests under way.
+    fn yield_ns(&self, totals: &SpaceTotals) -> u64 {
+        let live_blocks = (totals.live_blocks + totals.live_node_bytes / BLOCK).max(1);
+        let percent = self.unpunched_blocks.saturating_mul(100) / live_blocks;
+        let slack = PRESSING_PERCENT.saturating_sub(percent.max(START_PERCENT));
+        YIELD_NS * slack / (PRESSING_PERCENT - START_PERCENT)
+    }
+
     /// The segment with most to give, of those that no read stands in the way of, and what of it.
     fn choose(
         &self,
@@ -265,7 +276,7 @@ impl Volume {
     /// When the next operation may start; monotonic.
     fn reclaim_at(&self) -> u64 {
         let yields = if self.requests_in_flight() > self.full.waiting() {
-            self.reclaim.started_ns + YIELD_NS
+            self.reclaim.started_ns + self.reclaim.yield_ns(&self.space.totals())
         } else {
             0
         };
