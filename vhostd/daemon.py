@@ -33,6 +33,7 @@ from vhostd.errors import (
     UsageError,
     VhostdError,
 )
+from vhostd.events import EngineEvents
 from vhostd.jobs import Jobs
 from vhostd.lockfile import LockFile
 from vhostd.protocol.session import EndKind
@@ -78,6 +79,7 @@ class Daemon:
         self.jobs = Jobs()
         self.space = SpaceKeeper(self.pools)
         self.snapshots = SnapshotCalls(self)
+        self._events = EngineEvents(self)
         self._use_registry(Registry(None))
 
     def _use_registry(self, registry: Registry) -> None:
@@ -473,91 +475,20 @@ class Daemon:
 
     def _engine_events(self) -> None:
         for event in self._engine.take_events():
-            try:
-                self._engine_event(event)
-            except Exception:
-                self._log.exception(
-                    "an event of the engine could not be handled", engine_event=event
-                )
+            self._events.handle(event)
 
-    def _engine_event(self, event: dict[str, Any]) -> None:
-        kind = event["kind"]
-        if kind == "checkpoint-wanted":
-            volume = self._find_open(UUID(bytes=event["volume"]))
-            if volume is not None:
-                self._spawn(self._checkpoint(volume))
-        elif kind == "segment-numbers-wanted":
-            for pool in self._on_device(event["device"]):
-                self._spawn(self._report(asyncio.to_thread(pool.grant_segments), pool.name))
-        elif kind in ("ring-broken", "memory-lost"):
-            self._export_event(event)
-        elif kind == "corruption":
-            details = {k: v for k, v in event.items() if k not in ("kind", "volume")}
-            self._log.error(
-                "data does not match its checksum; the guest got an I/O error. Run `vhostctl "
-                "check`, and restore what it names",
-                volume=self._name_of(UUID(bytes=event["volume"])),
-                **details,
-            )
-        elif kind == "staging-full":
-            self._log.error(
-                "the staging directory is full, so writes are refused; make its tmpfs larger, or "
-                "engine.staging smaller",
-                staging_dir=self.config.engine.staging_dir,
-                reason=event["reason"],
-            )
-        elif kind in ("device-failed", "device-full", "device-space-back"):
-            self._device_event(kind, event)
-        else:
-            self._log.warning("the engine told something unknown", engine_event=event)
+    def checkpoint_soon(self, volume: OpenVolume) -> None:
+        """Begins a checkpoint, or another after the one that is being made."""
+        self._spawn(self._checkpoint(volume))
 
-    def _export_event(self, event: dict[str, Any]) -> None:
-        attachment = self.attachments.by_export(event["export"])
-        if attachment is None:
-            return
-        self._log.warning(
-            "the guest broke its ring"
-            if event["kind"] == "ring-broken"
-            else "guest memory is gone",
-            volume=attachment.name,
-            queue=event.get("queue"),
-            reason=event["reason"],
-        )
-        if event["kind"] == "memory-lost" and attachment.server is not None:
-            self._spawn(attachment.server.end_session(event["reason"], EndKind.VIOLATION))
+    def grant_soon(self, pool: Pool) -> None:
+        """Begins to give the engine more segment numbers."""
+        self._spawn(self._report(asyncio.to_thread(pool.grant_segments), pool.name))
 
-    def _device_event(self, kind: str, event: dict[str, Any]) -> None:
-        for pool in self._on_device(event["device"]):
-            if kind == "device-failed":
-                self._log.error(
-                    "the device failed; its volumes refuse writes until they are attached again",
-                    pool=pool.name,
-                    device=str(pool.path),
-                    reason=event["reason"],
-                )
-            elif kind == "device-full":
-                self._log.error(
-                    "the device is full; writes to new space fail until there is room",
-                    pool=pool.name,
-                    device=str(pool.path),
-                )
-            else:
-                self._log.info("the device has space again", pool=pool.name)
-
-    def _find_open(self, uuid: UUID) -> OpenVolume | None:
-        found = (pool.find_open(uuid) for pool in self._pools.values())
-        return next((volume for volume in found if volume is not None), None)
-
-    def _name_of(self, uuid: UUID) -> str:
-        for pool in self._pools.values():
-            names = {volume.uuid: volume.name for volume in pool.open_volumes()}
-            names |= {snapshot.uuid: snapshot.name for snapshot in pool.open_snapshots()}
-            if uuid in names:
-                return names[uuid]
-        return str(uuid)
-
-    def _on_device(self, index: int) -> list[Pool]:
-        return [pool for pool in self._pools.values() if pool.device.index == index]
+    def end_session_soon(self, attachment: Attachment, reason: str, kind: EndKind) -> None:
+        """Begins to end the session that an attachment has."""
+        if attachment.server is not None:
+            self._spawn(attachment.server.end_session(reason, kind))
 
     async def _checkpoint(self, volume: OpenVolume) -> None:
         # Wanted again while one is under way: that one does not cover what has come since.
@@ -621,9 +552,10 @@ def _describe_volumes(pool: Pool) -> list[dict[str, Any]]:
             continue
         used_blocks, mapped_blocks = usage.get(row.uuid, (0, 0))
         volume = pool.find_open(row.uuid)
+        stats: dict[str, Any] = {}
         if volume is not None:
             with contextlib.suppress(VhostdError):
-                mapped_blocks = volume.stats().get("mapped_blocks", mapped_blocks)
+                stats = volume.stats()
         snapshots = pool.catalog.snapshots.of(row.uuid)
         full_name = pool.catalog.snapshots.full_name
         rows.append(
@@ -638,7 +570,7 @@ def _describe_volumes(pool: Pool) -> list[dict[str, Any]]:
                 "created_ns": row.created_ns,
                 "epoch": row.epoch,
                 "open": volume is not None,
-                "mapped_bytes": mapped_blocks * 4096,
+                "mapped_bytes": stats.get("mapped_blocks", mapped_blocks) * 4096,
                 "used_bytes": used_blocks * 4096,
                 "allocated_bytes": pool.space.allocated_bytes(row),
                 "snapshots": sum(s.name is not None for s in snapshots),
@@ -649,6 +581,8 @@ def _describe_volumes(pool: Pool) -> list[dict[str, Any]]:
                 "reservation_bytes": row.reservation_bytes,
                 "on_full": row.on_full,
                 "limit_bytes": volume.limit_bytes if volume is not None else None,
+                "status": "full" if volume is not None and volume.is_full else "ok",
+                "waiting_requests": stats.get("waiting_for_space", 0),
             }
         )
     return rows

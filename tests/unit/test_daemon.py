@@ -13,6 +13,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from tests.unit.storage.fake_engine import FakeDevice, FakeEngine, format_device
+from vhostd import events
 from vhostd.config import Config, EngineConfig
 from vhostd.daemon import Daemon
 from vhostd.errors import BusyError, DeviceError, NotFoundError, UnavailableError
@@ -150,6 +151,8 @@ def test_failed_checkpoint_is_logged_and_the_daemon_goes_on(world: World) -> Non
         {"kind": "device-failed", "device": 0, "reason": "r"},
         {"kind": "device-full", "device": 0},
         {"kind": "staging-full", "device": 0, "reason": "r"},
+        {"kind": "volume-full", "device": 0, "limit_bytes": MIB},
+        {"kind": "reclaim-failed", "device": 0, "reason": "r"},
         {"kind": "something-new"},
         {},
     ],
@@ -166,6 +169,73 @@ def test_event_that_needs_a_person_is_logged(world: World, event: dict[str, Any]
     world.run(body)
 
 
+def test_full_volume_is_told_of_once_with_what_to_do_and_shown_until_it_has_space(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "LASTING_S", 0.0)
+
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        await daemon.configure_volume(WEB, quota_bytes=8 * MIB, on_full="pause")
+        [volume] = daemon.pool("fast").open_volumes()
+        about = {"volume": volume.uuid.bytes, "device": 0}
+        with capture_logs() as logs:
+            # Between the two there was space, but not for long enough to be told of.
+            world.engine.tell(kind="volume-full", limit_bytes=8 * MIB, **about)
+            world.engine.tell(kind="volume-space-back", **about)
+            world.engine.tell(kind="volume-full", limit_bytes=8 * MIB, **about)
+            await until(lambda: not world.engine.events)
+        [line] = logs
+        assert "raise the quota (`vhostctl volume set`)" in line["event"]
+        assert (line["volume"], line["on_full"]) == ("fast/web", "pause")
+        assert (await daemon.volume_info(WEB))["status"] == "full"
+        assert (await daemon.pool_info("fast"))["status"] == "ok"
+        with capture_logs() as logs:
+            world.engine.tell(kind="volume-space-back", **about)
+            await until(lambda: logs)
+        assert [line["event"] for line in logs] == ["the volume has space again"]
+        assert (await daemon.volume_info(WEB))["status"] == "ok"
+        with capture_logs() as logs:
+            world.engine.tell(kind="volume-full", limit_bytes=2 * MIB, **about)
+            await until(lambda: logs)
+        assert "`vhostctl pool set`" in logs[0]["event"]
+
+    world.run(body)
+
+
+def test_full_device_is_told_of_once_for_all_its_volumes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events, "LASTING_S", 0.0)
+
+    async def body(daemon: Daemon) -> None:
+        await world.made(daemon)
+        await daemon.create_volume(VolumeName("fast", "db"), size_bytes=64 * MIB)
+        await daemon.attach(VolumeName("fast", "db"))
+        pool = daemon.pool("fast")
+        uuids = [volume.uuid.bytes for volume in pool.open_volumes()]
+        assert len(uuids) == 2
+
+        def tell(kind: str, uuid: bytes) -> None:
+            world.engine.tell(kind=kind, device=pool.device.index, volume=uuid)
+
+        with capture_logs() as logs:
+            for uuid in uuids:
+                tell("device-full", uuid)
+            await until(lambda: not world.engine.events)
+            assert (await daemon.pool_info("fast"))["status"] == "full"
+            assert (await daemon.volume_info(WEB))["status"] == "full"
+            tell("device-space-back", uuids[0])
+            await until(lambda: not world.engine.events)
+            assert (await daemon.pool_info("fast"))["status"] == "full"
+            tell("device-space-back", uuids[1])
+            await until(lambda: len(logs) > 1)
+            assert (await daemon.pool_info("fast"))["status"] == "ok"
+        assert [line["log_level"] for line in logs] == ["error", "info"]
+
+    world.run(body)
+
+
 def test_event_of_what_is_gone_does_nothing(world: World) -> None:
     async def body(daemon: Daemon) -> None:
         await world.made(daemon)
@@ -173,6 +243,8 @@ def test_event_of_what_is_gone_does_nothing(world: World) -> None:
             world.engine.tell(kind="checkpoint-wanted", volume=b"x" * 16)
             world.engine.tell(kind="ring-broken", export=99, queue=0, reason="r")
             world.engine.tell(kind="segment-numbers-wanted", device=99)
+            world.engine.tell(kind="volume-full", volume=b"x" * 16, device=0, limit_bytes=1)
+            world.engine.tell(kind="volume-space-back", volume=b"x" * 16, device=0)
             await until(lambda: not world.engine.events)
         assert logs == []
 

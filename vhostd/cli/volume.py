@@ -110,10 +110,12 @@ def _table(volumes: list[dict[str, Any]]) -> str:
 
 def _state(volume: dict[str, Any]) -> str:
     states = {a["state"] for a in volume["attachments"]}
-    for state in ("failed", "connected", "listening"):
-        if state in states:
-            return state
-    return "detached"
+    ranked = ("failed", "connected", "listening")
+    state = next((state for state in ranked if state in states), "detached")
+    if volume["status"] == "ok":
+        return state
+    waiting = volume["waiting_requests"]
+    return f"{state}, {volume['status']}" + (f", {waiting} requests wait" if waiting else "")
 
 
 @volume.command()

@@ -272,7 +272,8 @@ class Space:
     def _status(self) -> str:
         row = self._pool.catalog.pool()
         used = self._used_percent(row.quota_bytes)
-        return "full" if used >= 100 else "nearly-full" if used >= row.warn_percent else "ok"
+        full = used >= 100 or any(volume.device_full for volume in self._pool.open_volumes())
+        return "full" if full else "nearly-full" if used >= row.warn_percent else "ok"
 
 
 def segment_path(device: Path, number: int) -> Path:

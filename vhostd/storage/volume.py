@@ -94,12 +94,21 @@ class OpenVolume:
         self._commit_lock = threading.RLock()
         self._closed = False
         self.limit_bytes: int | None = None
+        self.at_limit = False
+        """The engine told that writes find no space, for the volume's limit."""
+        self.device_full = False
+        """It told so of the device."""
         self._log = structlog.get_logger().bind(volume=self.name)
 
     @property
     def name(self) -> str:
         """`pool/volume`."""
         return f"{self._pool_name}/{self.row.name}"
+
+    @property
+    def is_full(self) -> bool:
+        """Writes to new space fail, or wait."""
+        return self.at_limit or self.device_full
 
     @property
     def recovered(self) -> dict[str, Any]:

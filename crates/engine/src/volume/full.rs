@@ -17,12 +17,13 @@ use std::collections::VecDeque;
 
 use super::{BLOCK, Now, Slot, Volume, VolumeEvent};
 use crate::io::Io;
-use crate::log::Log;
+use crate::log::{Log, MAX_ATOMIC_BLOCKS};
 
 /// Waiting writes are tried again this often.
 const RETRY_NS: u64 = 100_000_000;
-/// A volume that was full has space again when so much fits.
-const ROOM_BYTES: u64 = 1 << 20;
+/// A volume that was full has space again when so much fits: the largest piece of a write with its
+/// header, so that what was refused is not refused again at once.
+const ROOM_BYTES: u64 = (MAX_ATOMIC_BLOCKS as u64 + 1) * BLOCK;
 
 /// What a volume does without space, and who waits for it.
 #[derive(Debug, Default)]
