@@ -30,6 +30,7 @@ from .harness.process import tail
 
 VmFactory = Callable[..., Vm]
 BackendFactory = Callable[..., Backend]
+DaemonFactory = Callable[[int], DaemonBackend]
 LOGS = pytest.StashKey[list[Callable[[], tuple[str, str]]]]()
 
 
@@ -62,7 +63,7 @@ def workshop() -> Iterator[Path]:
 def backend_factory(request: pytest.FixtureRequest, workshop: Path) -> Iterator[BackendFactory]:
     """`backend_factory(kind, size_bytes=... or image=..., queues=...)`: a started back-end.
 
-    kind: "vhostd" (`vhostd disk`), "daemon" (`vhostd serve`; needs an image) or "qsd".
+    kind: "vhostd" (`vhostd disk`), "daemon" (`vhostd serve`) or "qsd".
     """
     made: list[Backend] = []
     logs = request.node.stash.setdefault(LOGS, [])
@@ -77,8 +78,7 @@ def backend_factory(request: pytest.FixtureRequest, workshop: Path) -> Iterator[
             backend = QsdBackend(directory, size_bytes=size_bytes, queues=queues, image=image)
         elif kind == "daemon":
             require_vhostd()
-            assert image is not None, "a daemon's volume is imported from an image"
-            backend = DaemonBackend(directory, queues=queues, image=image)
+            backend = DaemonBackend(directory, size_bytes=size_bytes, queues=queues, image=image)
         else:
             require_vhostd()
             backend = VhostdBackend(directory, size_bytes=size_bytes, queues=queues)
@@ -96,6 +96,18 @@ def backend_factory(request: pytest.FixtureRequest, workshop: Path) -> Iterator[
             failed.append(str(error))
             backend.kill()
     assert not failed, failed
+
+
+@pytest.fixture
+def daemon_factory(backend_factory: BackendFactory) -> DaemonFactory:
+    """`daemon_factory(size_bytes)`: a started daemon that offers one empty volume."""
+
+    def make(size_bytes: int) -> DaemonBackend:
+        backend = backend_factory("daemon", size_bytes=size_bytes)
+        assert isinstance(backend, DaemonBackend)
+        return backend
+
+    return make
 
 
 @pytest.fixture

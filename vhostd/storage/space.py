@@ -8,7 +8,7 @@ So live + dead + metadata = allocated, always.
 Limits: a volume may grow to its quota, and as long as what remains of the device (and of the pool's
 quota) covers what is reserved for others and not yet used. They are computed now and then and held
 by the engine, so that volumes which grow at once can pass the pool's quota by what they write
-between two looks; a volume's own quota is exact.
+between two looks; to a volume's own quota every write is held, and only maps and notes pass it.
 
 Any thread may call; calls block for as long as it takes to stat the segments of closed volumes,
 once after each closing.

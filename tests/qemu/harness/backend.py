@@ -7,17 +7,19 @@ clean), `kill` (SIGKILL) and `start` again; what was written stays in its place.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
 import sys
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any
 
 from .images import REPOSITORY
 from .process import HarnessError, Service, tail
 
-__all__ = ["Backend", "QsdBackend", "VhostdBackend", "vhostd_program"]
+__all__ = ["Backend", "DaemonBackend", "QsdBackend", "VhostdBackend", "vhostd_program"]
 
 
 def allocated_bytes(place: Path) -> int:
@@ -155,17 +157,28 @@ class VhostdBackend(Backend):
 
 
 class DaemonBackend(Backend):
-    """`vhostd serve` with one pool, and in it one volume that was imported from a raw image.
+    """`vhostd serve` with one pool, and in it one volume: empty, or imported from a raw image.
 
     The volume and its attachment are made when it is started for the first time; later starts
     find them again.
     """
 
     kind = "daemon"
+    POOL = "pool"
     VOLUME = "pool/disk"
 
-    def __init__(self, directory: Path, *, image: Path, queues: int = 1) -> None:
-        super().__init__(directory, size_bytes=image.stat().st_size, queues=queues)
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        size_bytes: int = 0,
+        queues: int = 1,
+        image: Path | None = None,
+    ) -> None:
+        """size_bytes: without an image."""
+        super().__init__(
+            directory, size_bytes=image.stat().st_size if image else size_bytes, queues=queues
+        )
         self.image = image
         self.store = directory / "store"
         run_dir = directory / "run"
@@ -181,16 +194,31 @@ class DaemonBackend(Backend):
         try:
             service.wait_for_line("ready: ", 60)
             if not self.store.exists():
-                self.control("pool", "create", "pool", "--device", str(self.store))
-                self.control("import", str(self.image), self.VOLUME)
-                self.control(
-                    "attach", self.VOLUME,
-                    "--socket", str(self.socket_path), "--queues", str(self.queues),
-                )  # fmt: skip
+                self.control("pool", "create", self.POOL, "--device", str(self.store))
+                if self.image is not None:
+                    self.control("import", str(self.image), self.VOLUME)
+                else:
+                    self.control("volume", "create", self.VOLUME, "--size", str(self.size_bytes))
+                self.attach_disk()
         except HarnessError:
             service.kill()
             raise
         return service
+
+    def attach_disk(self) -> None:
+        """Offers the volume on `socket_path`, as from the start; after it was detached."""
+        self.control(
+            "attach", self.VOLUME,
+            "--socket", str(self.socket_path), "--queues", str(self.queues),
+        )  # fmt: skip
+
+    def attach(self, name: str) -> Path:
+        """Offers another volume or a snapshot; its socket."""
+        return Path(self.json("attach", name)["socket"])
+
+    def json(self, *words: str) -> Any:
+        """What vhostctl tells programs."""
+        return json.loads(self.control("--json", *words))
 
     def control(self, *words: str) -> str:
         """Runs vhostctl against this daemon; returns what it printed."""
