@@ -94,7 +94,39 @@ struct Simulation {
     disk: SimDisk,
     volumes: Vec<Disk>,
     next_stamp: u64,
+    tally: Tally,
+}
+
+/// What has happened, so that a run shows that it was about something.
+#[derive(Clone, Copy, Debug, Default)]
+struct Tally {
     crashes: u64,
+    changes: u64,
+    snapshots: u64,
+    clones: u64,
+    rollbacks: u64,
+    checkpoints: u64,
+    /// Snapshots whose space was freed.
+    released: u64,
+    punched_blocks: u64,
+    /// Segments that went as nothing in them was live.
+    segments_removed: u64,
+    segments_made: u64,
+}
+
+impl Tally {
+    fn add(&mut self, other: Self) {
+        self.crashes += other.crashes;
+        self.changes += other.changes;
+        self.snapshots += other.snapshots;
+        self.clones += other.clones;
+        self.rollbacks += other.rollbacks;
+        self.checkpoints += other.checkpoints;
+        self.released += other.released;
+        self.punched_blocks += other.punched_blocks;
+        self.segments_removed += other.segments_removed;
+        self.segments_made += other.segments_made;
+    }
 }
 
 impl Simulation {
@@ -104,7 +136,7 @@ impl Simulation {
             disk: SimDisk::new(seed),
             volumes: Vec::new(),
             next_stamp: 0,
-            crashes: 0,
+            tally: Tally::default(),
         };
         let staging = scratch.join(format!("staging-{seed}"));
         let mut setup = Setup::small(staging);
@@ -167,6 +199,8 @@ impl Simulation {
         refuse_warnings(&harness)?;
         self.drive(number, &mut harness)?;
         self.volumes[number].catalog = harness.catalog.clone();
+        self.tally.changes += self.volumes[number].history.changes.len() as u64;
+        self.tally.punched_blocks += harness.volume.stats().punched_bytes / 4096;
         let volume = harness.volume;
         let power_loss = self.rng.chance(2);
         let seed = self.rng.next();
@@ -188,7 +222,7 @@ impl Simulation {
         if power_loss {
             self.forget_staging();
         }
-        self.crashes += 1;
+        self.tally.crashes += 1;
         Ok(outcome)
     }
 
@@ -298,12 +332,14 @@ impl Simulation {
         let fresh = self.fresh_uuid();
         if self.rng.chance(2) {
             let disk = &mut self.volumes[number];
+            self.tally.rollbacks += 1;
             disk.catalog.roll_back(chosen, fresh);
             let base = disk.history.settled[&chosen].clone();
             let settled = std::mem::take(&mut disk.history.settled);
             disk.history.settle(base, settled.into_iter().collect());
         } else if self.volumes.len() < MOST_VOLUMES {
             let disk = &self.volumes[number];
+            self.tally.clones += 1;
             let clone = disk.catalog.clone_of(chosen, fresh);
             let base = disk.history.settled[&chosen].clone();
             let setup = disk.setup.clone();
@@ -427,6 +463,7 @@ impl Simulation {
                 history.flushed = history.flushed.max(covered);
             } else if let Some(taken) = now.taking.take_if(|t| t.id == id) {
                 history.promise(taken.uuid);
+                self.tally.snapshots += 1;
                 if self.rng.chance(8) {
                     // The row was not written yet; the note is enough.
                     return Ok(false);
@@ -460,9 +497,15 @@ impl Simulation {
             return Ok(true);
         };
         let release = now.release.filter(|_| now.for_release);
+        self.tally.checkpoints += 1;
+        self.tally.segments_removed += result.removed.len() as u64;
+        let known = |number| harness.catalog.rows.contains_key(number);
+        let made = result.changed.iter().filter(|row| !known(&row.number));
+        self.tally.segments_made += made.count() as u64;
         match release {
             Some(Release::Last(uuid)) => {
                 harness.commit_released(&result, Some(uuid));
+                self.tally.released += 1;
                 now.release = None;
             }
             _ => harness.commit(&result),
@@ -579,8 +622,8 @@ fn read_state(harness: &mut Harness<'_>) -> Result<State, String> {
     Ok(state)
 }
 
-/// Runs one seed: a few lives of volumes, each ended by a crash. Returns how many crashes.
-fn simulate(seed: u64, scratch: &Path) -> Result<u64, String> {
+/// Runs one seed: a few lives of volumes, each ended by a crash. Returns what happened.
+fn simulate(seed: u64, scratch: &Path) -> Result<Tally, String> {
     let mut simulation = Simulation::new(seed, scratch);
     let lives = 2 + simulation.rng.below(8);
     for life in 0..lives {
@@ -593,7 +636,7 @@ fn simulate(seed: u64, scratch: &Path) -> Result<u64, String> {
             .verify(number, 0, true)
             .map_err(|what| format!("at the end, volume {number}: {what}"))?;
     }
-    Ok(simulation.crashes)
+    Ok(simulation.tally)
 }
 
 fn one_life(simulation: &mut Simulation, number: usize) -> Result<(), String> {
@@ -636,14 +679,14 @@ fn every_crash_leaves_a_prefix_with_all_that_was_promised() {
         Some(_) => u64::MAX,
         None => number("VHOSTD_CRASHES").unwrap_or(2000),
     };
-    let (mut seed, mut crashes) = (first, 0);
-    while crashes < wanted && seed < end {
+    let (mut seed, mut tally) = (first, Tally::default());
+    while tally.crashes < wanted && seed < end {
         match simulate(seed, &scratch) {
-            Ok(count) => crashes += count,
+            Ok(happened) => tally.add(happened),
             Err(what) => panic!("VHOSTD_SEEDS={seed}..{}: {what}", seed + 1),
         }
         seed += 1;
     }
-    println!("{crashes} crashes, seeds {first}..{seed}");
+    println!("seeds {first}..{seed}: {tally:?}");
     let _ = std::fs::remove_dir_all(&scratch);
 }
