@@ -28,7 +28,7 @@ use common::history::{History, State, stamp_of, stamped};
 use common::oracle::{check_difference, check_space, read_root};
 use common::{Catalog, Harness, Memory, Rng, SECTOR, Setup};
 use vhostd_engine::io::DeviceId;
-use vhostd_engine::io::sim::{CrashMode, SimDisk, SimIo};
+use vhostd_engine::io::sim::{CrashMode, Fault, FaultRule, OpKind, SimDisk, SimIo, When};
 use vhostd_engine::types::{SegmentNumber, Uuid};
 use vhostd_engine::volume::{CheckpointResult, NotedAt, RequestId, RequestKind};
 
@@ -38,6 +38,8 @@ const VOLUME_BYTES: u64 = BLOCKS * 4096;
 const SECTORS: usize = (VOLUME_BYTES / SECTOR) as usize;
 /// Blocks that are written: around the ends of the first leaf. The others are only ever unmapped.
 const PARTS: [Range<u64>; 2] = [0..56, 1000..BLOCKS];
+/// A volume that was shrunk; then it may grow again.
+const SMALL_BYTES: u64 = 1030 * 4096;
 const SEGMENT_BYTES: u64 = 256 << 10;
 const PIECE_BLOCKS: u64 = SEGMENT_BYTES / 4 / 4096;
 const MOST_VOLUMES: usize = 3;
@@ -75,6 +77,16 @@ enum Release {
     Last(Uuid),
 }
 
+/// Why a volume is driven no further.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// A crash comes now.
+    Crash,
+    /// A request has failed, on a disk that may: what of it was done is not known, and after a crash it
+    /// is there in part, as a prefix.
+    Failed,
+}
+
 /// What is under way in the open volume.
 #[derive(Default)]
 struct Driving {
@@ -95,6 +107,8 @@ struct Simulation {
     volumes: Vec<Disk>,
     next_stamp: u64,
     tally: Tally,
+    /// The disk refuses something now and then.
+    faulty: bool,
 }
 
 /// What has happened, so that a run shows that it was about something.
@@ -112,6 +126,8 @@ struct Tally {
     /// Segments that went as nothing in them was live.
     segments_removed: u64,
     segments_made: u64,
+    /// Lives that an error of the disk has ended.
+    failures: u64,
 }
 
 impl Tally {
@@ -126,6 +142,7 @@ impl Tally {
         self.punched_blocks += other.punched_blocks;
         self.segments_removed += other.segments_removed;
         self.segments_made += other.segments_made;
+        self.failures += other.failures;
     }
 }
 
@@ -137,6 +154,7 @@ impl Simulation {
             volumes: Vec::new(),
             next_stamp: 0,
             tally: Tally::default(),
+            faulty: seed.is_multiple_of(4),
         };
         let staging = scratch.join(format!("staging-{seed}"));
         let mut setup = Setup::small(staging);
@@ -197,7 +215,11 @@ impl Simulation {
         let mut harness = Harness::open(&mut io, &setup, catalog, &listed)
             .map_err(|error| format!("opening: {error}"))?;
         refuse_warnings(&harness)?;
-        self.drive(number, &mut harness)?;
+        if self.faulty {
+            self.add_faults();
+        }
+        let failed = self.drive(number, &mut harness)? == End::Failed;
+        self.tally.failures += u64::from(failed);
         self.volumes[number].catalog = harness.catalog.clone();
         self.tally.changes += self.volumes[number].history.changes.len() as u64;
         self.tally.punched_blocks += harness.volume.stats().punched_bytes / 4096;
@@ -215,7 +237,13 @@ impl Simulation {
             ("power loss", history.flushed)
         } else {
             self.disk = self.disk.kill(seed);
-            ("the daemon's death", history.acknowledged)
+            // A sync that has failed may have lost what was acknowledged and never flushed.
+            let promised = if failed {
+                history.flushed
+            } else {
+                history.acknowledged
+            };
+            ("the daemon's death", promised)
         };
         drop(io);
         drop(volume);
@@ -224,6 +252,27 @@ impl Simulation {
         }
         self.tally.crashes += 1;
         Ok(outcome)
+    }
+
+    /// Errors of the disk, each once in a few hundred operations. They end with the volume's life.
+    fn add_faults(&self) {
+        for (kind, errno) in [
+            (OpKind::Write, libc::EIO),
+            (OpKind::Write, libc::ENOSPC),
+            (OpKind::Sync, libc::EIO),
+            (OpKind::Create, libc::ENOSPC),
+            (OpKind::Create, libc::EIO),
+            (OpKind::Reserve, libc::ENOSPC),
+            (OpKind::Release, libc::EIO),
+            (OpKind::Remove, libc::EIO),
+        ] {
+            self.disk.add_fault(FaultRule {
+                kind: Some(kind),
+                segment: None,
+                when: When::Probability(0.003),
+                fault: Fault::Error(errno),
+            });
+        }
     }
 
     fn forget_staging(&self) {
@@ -284,7 +333,8 @@ impl Simulation {
         for row in harness.catalog.readable() {
             let root = row.root.expect("a checkpoint gave it one");
             let (mapped, size) = (row.mapped_blocks, row.size_bytes);
-            let contents = read_root(&self.disk, &setup, root, mapped, size, &PARTS)?;
+            let mut contents = read_root(&self.disk, &setup, root, mapped, size, &PARTS)?;
+            contents.resize(SECTORS, 0);
             if let Some((old, place)) = before {
                 let (_, old_state): &(Uuid, State) = &snapshots[place];
                 check_difference(&self.disk, (old, old_state), (root, &contents))?;
@@ -305,6 +355,9 @@ impl Simulation {
             while harness.release_next(&mut walk).map_err(failed)? {
                 check_space(&self.disk, &harness.catalog)?;
             }
+        }
+        if self.rng.chance(10) {
+            shrink(&mut harness, &mut self.volumes[number].history)?;
         }
         let catalog = if close {
             harness
@@ -349,7 +402,7 @@ impl Simulation {
     }
 
     /// Drives the volume for a while.
-    fn drive(&mut self, number: usize, harness: &mut Harness<'_>) -> Result<(), String> {
+    fn drive(&mut self, number: usize, harness: &mut Harness<'_>) -> Result<End, String> {
         let turns = 20 + self.rng.below(300);
         let mut driving = Driving::default();
         for _ in 0..turns {
@@ -363,17 +416,17 @@ impl Simulation {
             {
                 self.volumes[number].history.noted(taking.uuid);
             }
-            if !self.end_something(number, harness, &mut driving)? {
-                return Ok(());
+            if let Some(end) = self.end_something(number, harness, &mut driving)? {
+                return Ok(end);
             }
-            if !self.commit_something(harness, &mut driving)? {
-                return Ok(());
+            if let Some(end) = self.commit_something(harness, &mut driving)? {
+                return Ok(end);
             }
             if self.rng.chance(30) && driving.modification.is_none() {
                 self.read_some(number, harness)?;
             }
         }
-        Ok(())
+        Ok(End::Crash)
     }
 
     fn begin_something(&mut self, number: usize, harness: &mut Harness<'_>, now: &mut Driving) {
@@ -384,6 +437,12 @@ impl Simulation {
         if now.flushes.len() < 3 && self.rng.chance(12) {
             let id = harness.submit(RequestKind::Flush, false);
             now.flushes.push((id, history.acknowledged));
+        }
+        if now.taking.is_none() && harness.catalog.size_bytes < VOLUME_BYTES && self.rng.chance(40)
+        {
+            // The catalog first: nothing is written where a reopened volume would end.
+            harness.catalog.size_bytes = VOLUME_BYTES;
+            harness.volume.resize(VOLUME_BYTES);
         }
         let readable = harness.catalog.readable().count();
         if now.taking.is_none() && readable < MOST_SNAPSHOTS && self.rng.chance(40) {
@@ -399,7 +458,7 @@ impl Simulation {
         if now.adopting.is_none() && harness.catalog.clone && self.rng.chance(60) {
             let kind = RequestKind::Adopt {
                 offset_bytes: 0,
-                len_bytes: VOLUME_BYTES,
+                len_bytes: harness.catalog.size_bytes,
                 copied: Default::default(),
             };
             now.adopting = Some(harness.submit(kind, false));
@@ -443,19 +502,21 @@ impl Simulation {
         }
     }
 
-    /// Takes what has finished. False: a crash comes now.
+    /// Takes what has finished.
     fn end_something(
         &mut self,
         number: usize,
         harness: &mut Harness<'_>,
         now: &mut Driving,
-    ) -> Result<bool, String> {
+    ) -> Result<Option<End>, String> {
         let history = &mut self.volumes[number].history;
         for finished in std::mem::take(&mut harness.finished) {
             let id = finished.id;
-            finished
-                .result
-                .map_err(|why| format!("request {id:?} failed: {why:?}"))?;
+            match finished.result {
+                Ok(()) => {}
+                Err(_) if self.faulty => return Ok(Some(End::Failed)),
+                Err(why) => return Err(format!("request {id:?} failed: {why:?}")),
+            }
             if let Some(done) = now.modification.take_if(|m| m.id == id) {
                 history.acknowledged += done.changes;
             } else if let Some(at) = now.flushes.iter().position(|f| f.0 == id) {
@@ -466,7 +527,7 @@ impl Simulation {
                 self.tally.snapshots += 1;
                 if self.rng.chance(8) {
                     // The row was not written yet; the note is enough.
-                    return Ok(false);
+                    return Ok(Some(End::Crash));
                 }
                 let position = *taken.at.get().expect("it has a position");
                 let size_bytes = harness.catalog.size_bytes;
@@ -477,24 +538,28 @@ impl Simulation {
                 now.adopting.take_if(|adopting| *adopting == id);
             }
         }
-        Ok(true)
+        Ok(None)
     }
 
-    /// Commits a checkpoint that is ready, in its time. False: a crash comes now.
+    /// Commits a checkpoint that is ready, in its time.
     fn commit_something(
         &mut self,
         harness: &mut Harness<'_>,
         now: &mut Driving,
-    ) -> Result<bool, String> {
+    ) -> Result<Option<End>, String> {
         if let Some(result) = harness.volume.take_checkpoint() {
             now.checkpoint_running = false;
-            now.uncommitted =
-                Some(result.map_err(|error| format!("a checkpoint failed: {error}"))?);
-            return Ok(true);
+            match result {
+                Ok(result) => now.uncommitted = Some(result),
+                // The one before still holds, and the next is as good.
+                Err(_) if self.faulty => {}
+                Err(error) => return Err(format!("a checkpoint failed: {error}")),
+            }
+            return Ok(None);
         }
         let free = now.taking.is_none() && self.rng.chance(4);
         let Some(result) = now.uncommitted.take_if(|_| free) else {
-            return Ok(true);
+            return Ok(None);
         };
         let release = now.release.filter(|_| now.for_release);
         self.tally.checkpoints += 1;
@@ -512,7 +577,7 @@ impl Simulation {
         }
         check_space(&self.disk, &harness.catalog)?;
         if self.rng.chance(10) {
-            return Ok(false);
+            return Ok(Some(End::Crash));
         }
         harness.volume.checkpoint_committed(result.id);
         if let Some(Release::First(uuid)) = release {
@@ -521,13 +586,14 @@ impl Simulation {
             harness.walk_released(uuid, &mut walk);
             now.release = Some(Release::Last(uuid));
         }
-        Ok(true)
+        Ok(None)
     }
 
     /// Reads see what was acknowledged.
     fn read_some(&mut self, number: usize, harness: &mut Harness<'_>) -> Result<(), String> {
         let part = PARTS[self.rng.below(2) as usize].clone();
-        let at = part.start * 8 + self.rng.below((part.end - part.start) * 8 - 64);
+        let end = (part.end * 8).min(harness.catalog.size_bytes / SECTOR);
+        let at = part.start * 8 + self.rng.below(end - part.start * 8 - 64);
         let bytes = harness
             .read(at * SECTOR, 64 * SECTOR as usize)
             .map_err(|why| format!("a read failed: {why:?}"))?;
@@ -546,7 +612,8 @@ impl Simulation {
         let rng = &mut self.rng;
         let history = &mut self.volumes[number].history;
         let part = PARTS[rng.below(2) as usize].clone();
-        let (first, last) = (part.start * 8, part.end * 8);
+        let size = harness.catalog.size_bytes / SECTOR;
+        let (first, last) = (part.start * 8, (part.end * 8).min(size));
         let mut from = first + rng.below(last - first);
         let most = if rng.chance(6) { 400 } else { 24 };
         let mut to = (from + 1 + rng.below(most)).min(last);
@@ -597,6 +664,21 @@ impl Drop for Simulation {
     }
 }
 
+/// Shrinks a volume that nobody uses: what goes reads as zeroes first, durably.
+fn shrink(harness: &mut Harness<'_>, history: &mut History) -> Result<(), String> {
+    let (from, size) = (SMALL_BYTES, harness.catalog.size_bytes);
+    if from < size {
+        let erased = harness.unmap(from, size - from, true);
+        erased
+            .and_then(|()| harness.flush())
+            .map_err(|why| format!("shrinking: {why:?}"))?;
+        history.base[(from / SECTOR) as usize..].fill(0);
+        harness.catalog.size_bytes = from;
+        harness.volume.resize(from);
+    }
+    Ok(())
+}
+
 fn refuse_warnings(harness: &Harness<'_>) -> Result<(), String> {
     let warnings = &harness.recovery.warnings;
     if warnings.is_empty() {
@@ -609,7 +691,8 @@ fn refuse_warnings(harness: &Harness<'_>) -> Result<(), String> {
 fn read_state(harness: &mut Harness<'_>) -> Result<State, String> {
     let mut state = vec![0; SECTORS];
     for part in PARTS {
-        let (offset, len) = (part.start * 4096, (part.end - part.start) * 4096);
+        let end = (part.end * 4096).min(harness.catalog.size_bytes);
+        let (offset, len) = (part.start * 4096, end - part.start * 4096);
         let bytes = harness
             .read(offset, len as usize)
             .map_err(|why| format!("reading at {offset}: {why:?}"))?;
@@ -677,7 +760,7 @@ fn every_crash_leaves_a_prefix_with_all_that_was_promised() {
     let (first, end) = range.unwrap_or((number("VHOSTD_SEED").unwrap_or(1), u64::MAX));
     let wanted = match range {
         Some(_) => u64::MAX,
-        None => number("VHOSTD_CRASHES").unwrap_or(2000),
+        None => number("VHOSTD_CRASHES").unwrap_or(3000),
     };
     let (mut seed, mut tally) = (first, Tally::default());
     while tally.crashes < wanted && seed < end {
