@@ -13,6 +13,7 @@
     staging = "32M"                    # of it, a volume that is open
     direct = true                      # direct I/O to the devices
     checkpoint_log = "256M"            # log between checkpoints; recovery time follows it
+    reclaim = "256M"                   # dead space given back a second, at most, a volume; 0: none
 
     [api]
     socket = "/run/vhostd/vhostd.sock"
@@ -87,6 +88,7 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     staging: Size = 32 << 20
     direct: bool = True
     checkpoint_log: Size = 256 << 20
+    reclaim: Size = 256 << 20
 
     @property
     def map_cache_bytes(self) -> int:
@@ -99,6 +101,10 @@ class EngineConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     @property
     def checkpoint_log_bytes(self) -> int:
         return _size(self.checkpoint_log)
+
+    @property
+    def reclaim_bytes_per_second(self) -> int:
+        return _size(self.reclaim)
 
 
 class ApiConfig(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -213,6 +219,7 @@ _SIZE_LIMITS: tuple[tuple[str, int, int, bool], ...] = (
     ("map_cache", 1 << 20, 1 << 40, False),
     ("staging", 8 << 20, 1 << 30, True),
     ("checkpoint_log", 1 << 20, 1 << 40, False),
+    ("reclaim", 0, 1 << 40, False),
 )
 
 

@@ -220,6 +220,7 @@ class Daemon:
             staging_dir=Path(self.config.engine.staging_dir),
             direct=self.config.engine.direct,
             checkpoint_log_bytes=self.config.engine.checkpoint_log_bytes,
+            reclaim_bytes_per_second=self.config.engine.reclaim_bytes_per_second,
         )
         try:
             if name is not None and pool.name != name:

@@ -48,6 +48,7 @@ __all__ = ["DEFAULT_SEGMENT_BYTES", "GRANT_SEGMENTS", "Pool", "create_pool", "is
 
 GRANT_SEGMENTS = 65536
 DEFAULT_CHECKPOINT_LOG_BYTES = 256 << 20
+DEFAULT_RECLAIM_BYTES_PER_SECOND = 256 << 20
 BLOCK_BYTES = 4096
 
 
@@ -79,6 +80,7 @@ class Pool:
         catalog: Catalog,
         staging_dir: Path,
         checkpoint_log_bytes: int,
+        reclaim_bytes_per_second: int,
     ) -> None:
         self.path = path
         self.device = device
@@ -89,6 +91,7 @@ class Pool:
         self.engine = engine
         self._staging_dir = staging_dir / str(row.uuid)
         self._checkpoint_log_bytes = checkpoint_log_bytes
+        self._reclaim_bytes_per_second = reclaim_bytes_per_second
         self.lock = threading.RLock()
         self._opened: dict[UUID, _Opened] = {}
         self._open_snapshots: dict[UUID, tuple[OpenSnapshot, int]] = {}
@@ -106,6 +109,7 @@ class Pool:
         staging_dir: Path,
         direct: bool = True,
         checkpoint_log_bytes: int = DEFAULT_CHECKPOINT_LOG_BYTES,
+        reclaim_bytes_per_second: int = DEFAULT_RECLAIM_BYTES_PER_SECOND,
     ) -> Pool:
         """Locks the device, opens the catalog, and sorts out what a crash left.
 
@@ -131,6 +135,7 @@ class Pool:
                 catalog=catalog,
                 staging_dir=staging_dir,
                 checkpoint_log_bytes=checkpoint_log_bytes,
+                reclaim_bytes_per_second=reclaim_bytes_per_second,
             )
             pool._check_agreement()
             pool._sort_out()
@@ -355,6 +360,8 @@ class Pool:
             checkpoint_log_bytes=self._checkpoint_log_bytes,
             **self._snapshot_arguments(row),
         )
+        rate = self._reclaim_bytes_per_second
+        volume.set_reclaim(bytes_per_second=rate, enabled=rate > 0)
         self._report_recovery(row, epoch, volume.recovered)
         return OpenVolume(
             pool_name=self.name, row=row, epoch=epoch, catalog=self.catalog, engine=volume

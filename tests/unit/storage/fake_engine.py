@@ -155,6 +155,7 @@ class FakeVolume:
         self.fail_snapshot: Exception | None = None
         self.held = 0
         self.limit_bytes: int | None = opened.get("limit_bytes")
+        self.reclaim = (0, False)
         self.pause: bool = opened.get("pause_when_full", False)
         self.tree: Tree = dict(self._store.read(state["root"]))
         assert len(self.tree) == opened["mapped_blocks"]
@@ -315,6 +316,9 @@ class FakeVolume:
 
     def foreign_blocks(self) -> int:
         return sum(self._store.owner[at] != self.uuid for at in self.tree.values())
+
+    def set_reclaim(self, *, bytes_per_second: int, enabled: bool = True) -> None:
+        self.reclaim = (bytes_per_second, enabled)
 
     def set_limit(self, limit_bytes: int | None, /) -> None:
         self.limit_bytes = limit_bytes

@@ -34,11 +34,11 @@ use crate::segment::SegmentKind;
 use crate::types::SegmentNumber;
 
 /// Reclaim begins when this part of what is live is dead and not given back, in percent…
-const START_PERCENT: u64 = 10;
+const START_PERCENT: u64 = 8;
 /// …and ends at this one.
-const STOP_PERCENT: u64 = 6;
+const STOP_PERCENT: u64 = 4;
 /// When this part is, reclaim does not wait for a pause of the guests any more.
-const PRESSING_PERCENT: u64 = 20;
+const PRESSING_PERCENT: u64 = 14;
 /// Less than so much is not worth a beginning, nor an operation unless nothing else is left.
 const LEAST_BLOCKS: u64 = 64;
 /// Holes of one operation.
