@@ -26,7 +26,7 @@ PYTEST ?=
 help: ## Lists the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{ printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: build ## Boots a real guest on a vhostd volume and shows what it wrote (DEMO=--quick: a small one)
+demo: build ## Boots a real guest on a vhostd volume, and one on a clone of it (DEMO=--quick: small ones)
 	$(PYTHON) scripts/demo.py $(DEMO)
 
 test: build lint test-rust images ## Everything CI runs: build, linters, Rust and Python tests, guests

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The demo: a guest whose disk is a vhostd volume writes a file, powers off, and finds it again.
+"""The demo: a guest writes to a vhostd volume, which gets a snapshot while the guest goes on. Then
+the daemon is restarted beneath it, and another guest boots from a clone of the snapshot.
 
 Uses the programs as a user would (`vhostd serve`, `vhostctl`), and the tests' harness for QEMU.
 Leaves everything in one directory, which the next demo replaces.
@@ -13,6 +14,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -24,7 +26,6 @@ from tests.qemu.harness import (
     DaemonBackend,
     HarnessError,
     QsdBackend,
-    VhostdBackend,
     Vm,
     image_dir,
     vhostd_program,
@@ -32,6 +33,8 @@ from tests.qemu.harness import (
 from tests.qemu.harness.vm import Disk
 
 MESSAGE = "written by the guest, kept by the volume"
+LATER = "written after the snapshot"
+CLONE = "pool/clone"
 
 
 def step(text: str) -> None:
@@ -40,7 +43,7 @@ def step(text: str) -> None:
 
 def show(vm: Vm, command: str) -> None:
     """Runs a command in the guest and shows it as a terminal would."""
-    print(f"guest# {command}", flush=True)
+    print(f"{vm.name}# {command}", flush=True)
     output = vm.output(command, limit_s=120)
     if output:
         print(output, flush=True)
@@ -57,9 +60,15 @@ def make_backend(directory: Path, *, quick: bool, peer: bool) -> Backend:
     size_bytes = image.stat().st_size if image else 1 << 30
     if peer:
         return QsdBackend(directory, size_bytes=size_bytes, image=image)
-    if image:
-        return DaemonBackend(directory, image=image)
-    return VhostdBackend(directory, size_bytes=size_bytes)
+    return DaemonBackend(directory, size_bytes=size_bytes, image=image)
+
+
+def control(backend: DaemonBackend, *command: str) -> None:
+    """Runs vhostctl and shows it as a terminal would."""
+    print(f"host# vhostctl {shlex.join(command)}", flush=True)
+    started_s = time.monotonic()
+    output = backend.control(*command).rstrip()
+    print(f"{output}  ({time.monotonic() - started_s:.2f} s)" if "\n" not in output else output)
 
 
 def demonstrate(directory: Path, *, quick: bool, peer: bool) -> None:
@@ -69,23 +78,18 @@ def demonstrate(directory: Path, *, quick: bool, peer: bool) -> None:
     backend = make_backend(directory, quick=quick, peer=peer)
     step(f"Starting the back-end and making its volume, in {directory}")
     backend.start()
-    vm = Vm(directory / "vm", guest, [Disk.of(backend)])
+    vm = Vm(directory / "vm", guest, [Disk.of(backend)], name="guest")
+    file = "/mnt/hello" if quick else "/root/hello"
     try:
         boot(vm)
         show(vm, "uname -sr; lsblk -o NAME,SIZE,MOUNTPOINTS")
         if quick:
             show(vm, "mkfs.ext4 -q /dev/vda && mount /dev/vda /mnt")
-        file = "/mnt/hello" if quick else "/root/hello"
         show(vm, f"echo '{MESSAGE}' > {file}; sync; ls -l {file}")
-        step("Powering the guest off, and stopping and starting the back-end")
-        vm.power_off()
-        backend.stop()
-        backend.start()
-        boot(vm)
-        if quick:
-            show(vm, "mount /dev/vda /mnt")
-        show(vm, f"cat {file}")
-        show(vm, f"grep -qx '{MESSAGE}' {file} && echo 'the same as written'")
+        if isinstance(backend, DaemonBackend):
+            go_on_from_snapshot(directory, backend, vm, file)
+        else:
+            find_again(backend, vm, file)
         vm.power_off()
     except BaseException:
         vm.kill()
@@ -95,22 +99,61 @@ def demonstrate(directory: Path, *, quick: bool, peer: bool) -> None:
     tell(backend, vm)
 
 
+def find_again(backend: Backend, vm: Vm, file: str) -> None:
+    """The file is there after the guest and the back-end have ended and started."""
+    step("Powering the guest off, and stopping and starting the back-end")
+    vm.power_off()
+    backend.stop()
+    backend.start()
+    boot(vm)
+    if vm.guest is TEST_GUEST:
+        show(vm, "mount /dev/vda /mnt")
+    show(vm, f"grep -x '{MESSAGE}' {file}")
+
+
+def go_on_from_snapshot(directory: Path, backend: DaemonBackend, vm: Vm, file: str) -> None:
+    """A snapshot of the running guest's disk, and a guest on a clone of it beside the first."""
+    step("A snapshot while the guest runs; the guest goes on")
+    control(backend, "snapshot", "create", f"{backend.VOLUME}@before")
+    big = file.replace("hello", "big")
+    show(vm, f"dd if=/dev/urandom of={big} bs=1M count=64 2>/dev/null; ls -sh {big}")
+    show(vm, f"echo '{LATER}' > {file}; sync; cat {file}")
+    step("A clone of what was before: writable, made at once, and it takes no space")
+    control(backend, "volume", "clone", f"{backend.VOLUME}@before", CLONE)
+    socket_path = backend.attach(CLONE)
+    control(backend, "volume", "list")
+    step("Stopping and starting the daemon; the guest runs on, and reads its disk anew")
+    backend.stop()
+    backend.start()
+    show(vm, f"echo 3 > /proc/sys/vm/drop_caches; cat {file}")
+    other = Vm(directory / "clone", vm.guest, [Disk(socket_path)], name="clone")
+    try:
+        step("A second guest, on the clone, while the first one runs")
+        boot(other)
+        if vm.guest is TEST_GUEST:
+            show(other, "mount /dev/vda /mnt")
+        show(other, f"grep -x '{MESSAGE}' {file}; ls {big} || echo 'not there yet'")
+        show(vm, f"grep -x '{LATER}' {file}; ls -sh {big}")
+        control(backend, "volume", "list")
+        control(backend, "snapshot", "list")
+    finally:
+        # As if its power went: a clean end takes long under emulation, and shows nothing.
+        other.kill()
+
+
 def tell(backend: Backend, vm: Vm) -> None:
     """What was shown, and how to go on by hand."""
     used_mib = backend.allocated_bytes() / (1 << 20)
-    size_mib = backend.size_bytes / (1 << 20)
-    step("Done: the file outlived the guest and the daemon.")
-    print(f"    The volume of {size_mib:,.0f} MiB takes {used_mib:,.0f} MiB on this disk.")
+    step("Done: what was written outlived the guest and the daemon.")
     if isinstance(backend, DaemonBackend):
+        size_mib = 2 * backend.size_bytes / (1 << 20)
+        print(f"    Its two disks, of {size_mib:,.0f} MiB together, take {used_mib:,.0f} MiB here.")
         serve = [vhostd_program(), "serve", "--config", backend.config]
-        print("\nTo go on by hand, start the daemon again (it offers the volume at once):\n")
+        print("\nTo go on by hand, start the daemon again (it offers both disks at once):\n")
         print(f"    {words(serve)}")
         print("\nand see what it has:\n")
         print(f"    export VHOSTD_SOCKET={backend.control_socket}")
         print(f"    {vhostd_program('vhostctl')} volume list")
-    elif isinstance(backend, VhostdBackend):
-        serve = [vhostd_program(), "disk", backend.store, "--socket", backend.socket_path]
-        print(f"\nTo go on by hand, serve the disk again:\n\n    {words(serve)}")
     print("\nThen boot a guest from it (Ctrl-A X ends QEMU; -accel kvm where there is KVM):\n")
     print("    " + " \\\n      ".join(vm.by_hand()))
     print(f"\nNext: README.md. To remove all of this: rm -r {backend.socket_path.parent}")
