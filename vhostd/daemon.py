@@ -44,6 +44,7 @@ from vhostd.space import SpaceKeeper
 from vhostd.storage.engine import Engine, FormatDevice
 from vhostd.storage.names import SnapshotName, VolumeName
 from vhostd.storage.pool import Pool, create_pool
+from vhostd.storage.rows import VolumeRow
 from vhostd.storage.volume import OpenVolume
 
 __all__ = ["Daemon"]
@@ -338,8 +339,9 @@ class Daemon:
         """One volume, with what its segments take just now."""
         pool = self.pool(name.pool)
         row = await asyncio.to_thread(pool.catalog.volume, name.volume)
-        volumes = await self.list_volumes(name.pool)
-        info = next(volume for volume in volumes if volume["uuid"] == str(row.uuid))
+        usage = await asyncio.to_thread(pool.catalog.usage, row.uuid)
+        info = await asyncio.to_thread(_describe_volume, pool, row, usage)
+        self._add_uses(info)
         return {**info, "space": await asyncio.to_thread(pool.space.volume, row.name)}
 
     async def volume_usage(self, name: VolumeName, *, exact: bool) -> dict[str, Any]:
@@ -381,11 +383,15 @@ class Daemon:
         for pool in pools:
             rows += await asyncio.to_thread(_describe_volumes, pool)
         for row in rows:
-            attached = self.attachments.of_head(row["pool"], row["volume"])
-            row["attachments"] = [attachment.describe() for attachment in attached]
-            row["receiving"] = self.receives.describe(VolumeName(row["pool"], row["volume"]))
-            row["jobs"] = [job.describe() for job in self.jobs.of(UUID(row["uuid"]))]
+            self._add_uses(row)
         return sorted(rows, key=lambda row: str(row["name"]))
+
+    def _add_uses(self, info: dict[str, Any]) -> None:
+        """What the daemon does with a volume."""
+        attached = self.attachments.of_head(info["pool"], info["volume"])
+        info["attachments"] = [attachment.describe() for attachment in attached]
+        info["receiving"] = self.receives.describe(VolumeName(info["pool"], info["volume"]))
+        info["jobs"] = [job.describe() for job in self.jobs.of(UUID(info["uuid"]))]
 
     async def resize_volume(
         self, name: VolumeName, size_bytes: int, *, allow_shrink: bool
@@ -547,43 +553,46 @@ def _snapshot_of(name: VolumeName | SnapshotName) -> str | None:
 
 def _describe_volumes(pool: Pool) -> list[dict[str, Any]]:
     usage = pool.catalog.usage()
-    rows = []
-    for row in pool.catalog.volumes():
-        if row.state != "present":
-            continue
-        used_blocks, mapped_blocks = usage.get(row.uuid, (0, 0))
-        volume = pool.find_open(row.uuid)
-        stats: dict[str, Any] = {}
-        if volume is not None:
-            with contextlib.suppress(VhostdError):
-                stats = volume.stats()
-        snapshots = pool.catalog.snapshots.of(row.uuid)
-        full_name = pool.catalog.snapshots.full_name
-        rows.append(
-            {
-                "name": f"{pool.name}/{row.name}",
-                "pool": pool.name,
-                "volume": row.name,
-                "uuid": str(row.uuid),
-                "size_bytes": row.size_bytes,
-                "logical_block_bytes": row.logical_block_bytes,
-                "serial": row.serial,
-                "created_ns": row.created_ns,
-                "epoch": row.epoch,
-                "open": volume is not None,
-                "mapped_bytes": stats.get("mapped_blocks", mapped_blocks) * 4096,
-                "used_bytes": used_blocks * 4096,
-                "allocated_bytes": pool.space.allocated_bytes(row),
-                "snapshots": sum(s.name is not None for s in snapshots),
-                "snapshots_removing": sum(s.name is None for s in snapshots),
-                "parent": full_name(row.parent) if row.parent is not None else None,
-                "origin": full_name(row.origin) if row.origin is not None else None,
-                "quota_bytes": row.quota_bytes,
-                "reservation_bytes": row.reservation_bytes,
-                "on_full": row.on_full,
-                "limit_bytes": volume.limit_bytes if volume is not None else None,
-                "status": "full" if volume is not None and volume.is_full else "ok",
-                "waiting_requests": stats.get("waiting_for_space", 0),
-            }
-        )
-    return rows
+    return [
+        _describe_volume(pool, row, usage)
+        for row in pool.catalog.volumes()
+        if row.state == "present"
+    ]
+
+
+def _describe_volume(
+    pool: Pool, row: VolumeRow, usage: dict[UUID, tuple[int, int]]
+) -> dict[str, Any]:
+    used_blocks, mapped_blocks = usage.get(row.uuid, (0, 0))
+    volume = pool.find_open(row.uuid)
+    stats: dict[str, Any] = {}
+    if volume is not None:
+        with contextlib.suppress(VhostdError):
+            stats = volume.stats()
+    snapshots = pool.catalog.snapshots.of(row.uuid)
+    full_name = pool.catalog.snapshots.full_name
+    return {
+        "name": f"{pool.name}/{row.name}",
+        "pool": pool.name,
+        "volume": row.name,
+        "uuid": str(row.uuid),
+        "size_bytes": row.size_bytes,
+        "logical_block_bytes": row.logical_block_bytes,
+        "serial": row.serial,
+        "created_ns": row.created_ns,
+        "epoch": row.epoch,
+        "open": volume is not None,
+        "mapped_bytes": stats.get("mapped_blocks", mapped_blocks) * 4096,
+        "used_bytes": used_blocks * 4096,
+        "allocated_bytes": pool.space.allocated_bytes(row),
+        "snapshots": sum(s.name is not None for s in snapshots),
+        "snapshots_removing": sum(s.name is None for s in snapshots),
+        "parent": full_name(row.parent) if row.parent is not None else None,
+        "origin": full_name(row.origin) if row.origin is not None else None,
+        "quota_bytes": row.quota_bytes,
+        "reservation_bytes": row.reservation_bytes,
+        "on_full": row.on_full,
+        "limit_bytes": volume.limit_bytes if volume is not None else None,
+        "status": "full" if volume is not None and volume.is_full else "ok",
+        "waiting_requests": stats.get("waiting_for_space", 0),
+    }

@@ -408,11 +408,14 @@ class Catalog:
         """The numbers of all segments of the pool."""
         return {row[0] for row in self._db.all("SELECT number FROM segments")}
 
-    def usage(self) -> dict[UUID, tuple[int, int]]:
-        """For each volume: blocks written to its segments, and blocks its last checkpoint maps."""
+    def usage(self, uuid: UUID | None = None) -> dict[UUID, tuple[int, int]]:
+        """For each volume, or just one: blocks written to its segments, and blocks its last
+        checkpoint maps."""
         rows = self._db.all(
             "SELECT uuid, (SELECT coalesce(sum(used_blocks), 0) FROM segments WHERE volume = id),"
             " coalesce((SELECT mapped_blocks FROM checkpoints WHERE volume = id), 0) FROM volumes"
+            " WHERE ?1 IS NULL OR uuid = ?1",
+            (None if uuid is None else uuid.bytes,),
         )
         return {UUID(bytes=uuid): (used, mapped) for uuid, used, mapped in rows}
 
