@@ -109,6 +109,8 @@ struct Simulation {
     tally: Tally,
     /// The disk refuses something now and then.
     faulty: bool,
+    /// It has, and what a failed sync has lost, recovery may speak of.
+    may_warn: bool,
 }
 
 /// What has happened, so that a run shows that it was about something.
@@ -155,6 +157,7 @@ impl Simulation {
             next_stamp: 0,
             tally: Tally::default(),
             faulty: seed.is_multiple_of(4),
+            may_warn: false,
         };
         let staging = scratch.join(format!("staging-{seed}"));
         let mut setup = Setup::small(staging);
@@ -220,6 +223,7 @@ impl Simulation {
         }
         let failed = self.drive(number, &mut harness)? == End::Failed;
         self.tally.failures += u64::from(failed);
+        self.may_warn = failed;
         self.volumes[number].catalog = harness.catalog.clone();
         self.tally.changes += self.volumes[number].history.changes.len() as u64;
         self.tally.punched_blocks += harness.volume.stats().punched_bytes / 4096;
@@ -319,7 +323,9 @@ impl Simulation {
         let setup = self.volumes[number].setup.clone();
         let mut harness = Harness::open(&mut io, &setup, catalog, &listed)
             .map_err(|error| format!("recovery: {error}"))?;
-        refuse_warnings(&harness)?;
+        if !std::mem::take(&mut self.may_warn) {
+            refuse_warnings(&harness)?;
+        }
         let head = read_state(&mut harness)?;
         let failed = |error| format!("a checkpoint after recovery: {error}");
         let pending = harness.catalog.readable().any(|row| row.root.is_none());
@@ -748,6 +754,19 @@ fn scratch(name: &str) -> PathBuf {
     let path = base.join(format!("vhostd-{name}-{}", std::process::id()));
     std::fs::create_dir_all(&path).unwrap();
     path
+}
+
+/// A sync fails, the daemon dies, and power fails after the recovery: what recovery saw in the page
+/// cache, and sealed with a footer, was never on the device.
+#[test]
+fn what_a_failed_sync_left_in_the_cache_only_is_written_again_by_recovery() {
+    let scratch = scratch("pinned");
+    for seed in [1008, 1132, 1192, 2092] {
+        if let Err(what) = simulate(seed, &scratch) {
+            panic!("VHOSTD_SEEDS={seed}..{}: {what}", seed + 1);
+        }
+    }
+    let _ = std::fs::remove_dir_all(&scratch);
 }
 
 #[test]

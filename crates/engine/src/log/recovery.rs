@@ -6,7 +6,8 @@
 //! 2. The segments from the checkpoint on are read in order. A valid footer speaks for its segment;
 //!    without one, records are read one by one, data checksums included. The log ends at the first
 //!    record that is not valid and was not durable: what is applied is a prefix.
-//! 3. Segments without a footer are synced and given one, durably. Only then does the caller let the
+//! 3. Segments without a footer are written once more (a sync that failed may have left what was read
+//!    without a way to the device), synced and given one, durably. Only then does the caller let the
 //!    first new write in. So the end that this recovery saw is the end that every later one sees.
 //! 4. Unsealed segments beyond the end are removed: nothing in them was ever flushed, since a flush
 //!    makes everything before it durable first.
@@ -187,7 +188,11 @@ pub fn recover(
                 record_checksum: record.header_checksum,
             };
         }
-        let sealed = contents.sealed || (may_write && seal(io, input.config, number, &contents)?);
+        let sealed = contents.sealed
+            || (may_write && {
+                write_again(io, number, &contents.records, apply_from)?;
+                seal(io, input.config, number, &contents)?
+            });
         recovery.segments.push(RecoveredSegment {
             number,
             used_blocks,
@@ -534,6 +539,31 @@ impl Reader<'_> {
         }
         Ok(None)
     }
+}
+
+/// Writes the records from a block offset on once more, as they were read.
+///
+/// A sync that failed may have left them readable and never to be durable: the kernel counts pages that
+/// it could not write as clean, and the next sync, of this process, succeeds without them. What a
+/// checkpoint covers was synced with success. The bytes are the same, so a crash in between does no harm.
+fn write_again(
+    io: &mut BlockingIo<'_>,
+    number: SegmentNumber,
+    records: &[RecordSummary],
+    from_blocks: u32,
+) -> Result<(), RecoveryError> {
+    for record in records.iter().filter(|r| r.offset_blocks >= from_blocks) {
+        let offset_bytes = u64::from(record.offset_blocks) * BLOCK;
+        let len = (1 + record.data_blocks as usize) * BLOCK_BYTES;
+        let (buffer, got) = io
+            .read(number, offset_bytes, len)
+            .map_err(failed("reading", number))?;
+        // SAFETY: `buffer` lives until `write` has returned.
+        let buf = unsafe { buffer.io_buf() }.slice(0, got / BLOCK_BYTES * BLOCK_BYTES);
+        io.write(number, offset_bytes, buf)
+            .map_err(failed("writing", number))?;
+    }
+    Ok(())
 }
 
 /// Makes a segment's records durable and gives it its footer. False: it has no record to seal.

@@ -216,8 +216,10 @@ pub fn read_root(
             volume.advance(&mut io, now);
             volume.take_finished(&mut finished);
             if let Some(done) = finished.pop() {
+                let mut events = Vec::new();
+                volume.take_events(&mut events);
                 done.result
-                    .map_err(|why| format!("reading a snapshot: {why:?}"))?;
+                    .map_err(|why| format!("reading a snapshot: {why:?}, {events:?}"))?;
                 break;
             }
             vhostd_engine::io::Io::wait(&mut io, None, &mut completions);
