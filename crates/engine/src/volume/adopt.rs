@@ -9,6 +9,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use super::modify::Pause;
 use super::{BLOCK, RequestFailed, Slot, Step, Volume, VolumeOp, Work};
 use crate::crc::crc32c;
 use crate::io::{AlignedBuf, Io, Op};
@@ -124,10 +125,13 @@ impl Volume {
             if !self.is_within_limit(count) {
                 return Step::Finish(Err(RequestFailed::NoSpace));
             }
-            if let Err(step) = self.prepare_note(io, slot, count, now) {
+            if let Err(pause) = self.prepare(io, slot, count, now) {
                 // It is still at hand when there is room.
                 adopt.read = Some(held);
-                return step;
+                return match pause {
+                    Pause::Park(step) => step,
+                    Pause::Fail(why) => Step::Finish(Err(why)),
+                };
             }
             self.append_foreign(&held, now);
             adopt

@@ -152,6 +152,8 @@ pub struct Volume {
     waiting_nodes: HashMap<NodeLocation, Vec<Slot>>,
     /// Wait for room in the log, oldest first.
     waiting_append: VecDeque<Slot>,
+    /// The same for notes, which go first.
+    waiting_notes: VecDeque<Slot>,
     /// Wait until the log is durable up to a position.
     waiting_durable: Vec<(u64, RequestId)>,
     finished: Vec<Finished>,
@@ -469,6 +471,11 @@ impl Volume {
     pub fn advance(&mut self, io: &mut dyn Io, now: Now) {
         for _ in 0..self.runnable.len() {
             if let Some(slot) = self.runnable.pop_front() {
+                self.run(io, slot, now);
+            }
+        }
+        for _ in 0..self.waiting_notes.len() {
+            if let Some(slot) = self.waiting_notes.pop_front() {
                 self.run(io, slot, now);
             }
         }

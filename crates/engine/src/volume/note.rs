@@ -10,11 +10,10 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 
-use super::modify::Pause;
 use super::space::SpaceTable;
 use super::{RequestFailed, Slot, Step, Volume, VolumeError};
 use crate::io::Io;
-use crate::log::Now;
+use crate::log::{AppendError, Now};
 use crate::map::{Map, NodeLocation};
 use crate::segment::{MAX_STATE_BYTES, Note};
 use crate::types::{Address, Uuid};
@@ -212,17 +211,25 @@ impl Volume {
     }
 
     /// Makes room in the log for a note, or parks the request.
-    pub(super) fn prepare_note(
+    ///
+    /// A note waits for the log only, ahead of all writes, and never for space or for the map's memory:
+    /// these may come with the commit of a checkpoint, and whoever asked for a snapshot holds that up.
+    fn prepare_note(
         &mut self,
         io: &mut dyn Io,
         slot: Slot,
         blocks: u32,
         now: Now,
     ) -> Result<(), Step> {
-        self.prepare(io, slot, blocks, now)
-            .map_err(|pause| match pause {
-                Pause::Park(step) => step,
-                Pause::Fail(why) => Step::Finish(Err(why)),
+        self.log_mut()
+            .prepare(io, blocks, now)
+            .map_err(|error| match error {
+                AppendError::Wait => {
+                    self.waiting_notes.push_back(slot);
+                    Step::Parked
+                }
+                AppendError::NoSpace => Step::Finish(Err(RequestFailed::NoSpace)),
+                AppendError::Failed => Step::Finish(Err(RequestFailed::NotWritable)),
             })
     }
 

@@ -151,6 +151,7 @@ pub fn open(
         runnable: std::collections::VecDeque::new(),
         waiting_nodes: std::collections::HashMap::new(),
         waiting_append: std::collections::VecDeque::new(),
+        waiting_notes: std::collections::VecDeque::new(),
         waiting_durable: Vec::new(),
         finished: Vec::new(),
         checkpoints: Checkpoints::new(&spec.checkpoint, spec.checkpoint_log_bytes),
