@@ -484,3 +484,53 @@ fn maps_take_a_bounded_part_of_the_disk_however_many_checkpoints() {
         assert!(harness.read(offset, 65536).unwrap() == Model::stamped(offset, 65536, *stamp));
     }
 }
+
+/// Whoever asks for a snapshot holds up the commit of checkpoints meanwhile; so it must not wait for one.
+#[test]
+fn a_snapshot_is_taken_while_writes_wait_for_a_checkpoint_to_free_memory() {
+    let scratch = Scratch::new("waiting");
+    let mut setup = Setup::small(scratch.staging());
+    setup.size_bytes = 64 << 30;
+    let mut rig = Rig::format(&scratch.0.join("device"), &setup);
+    let mut harness =
+        Harness::open(&mut rig.io, &setup, Catalog::new(setup.size_bytes), &[]).unwrap();
+    // A leaf of the map each, until nodes that no checkpoint has written fill its memory.
+    let buffer = Memory::new(&[7; 4096]);
+    let mut waiting = None;
+    for leaf in 0..16_000u64 {
+        let kind = RequestKind::Write {
+            offset_bytes: leaf * 4 * MIB,
+            from: buffer.bufs(),
+        };
+        let id = harness.submit(kind, false);
+        let is_over = |harness: &mut Harness<'_>| {
+            let over = harness.finished.iter().any(|finished| finished.id == id);
+            harness.finished.retain(|finished| finished.id != id);
+            over
+        };
+        let turns = (0..2000).find(|_| {
+            harness.turn(harness.io.in_flight() > 0);
+            is_over(&mut harness)
+        });
+        if turns.is_none() {
+            waiting = Some(id);
+            break;
+        }
+    }
+    let waiting = waiting.expect("the memory of the map has a bound");
+    let (kind, at) = Harness::snapshot_request(Uuid([5; 16]));
+    let id = harness.submit(kind, false);
+    let over = (0..10_000).find(|_| {
+        harness.turn(harness.io.in_flight() > 0);
+        harness.finished.iter().any(|finished| finished.id == id)
+    });
+    assert!(over.is_some(), "the snapshot waits");
+    assert!(at.get().is_some());
+    assert!(
+        harness
+            .finished
+            .iter()
+            .all(|finished| finished.id != waiting),
+        "the write went on without a checkpoint"
+    );
+}
