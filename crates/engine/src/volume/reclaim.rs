@@ -404,15 +404,28 @@ mod tests {
     #[test]
     fn it_starts_above_one_limit_and_stops_below_the_other() {
         let mut reclaim = Reclaim::new(&[row(1, &[(2, 100)]), row(2, &[(2, 30)])]);
-        assert!(!reclaim.is_due(&totals(1300), false));
-        assert!(reclaim.is_due(&totals(1299), false));
-        assert!(reclaim.is_due(&totals(1300), false), "it has begun");
-        assert!(!reclaim.is_due(&totals(2200), false));
-        assert!(!reclaim.is_due(&totals(1300), false), "it has ended");
+        // Of so many live blocks, the 130 dead ones are just the limit.
+        let (start, stop) = (130 * 100 / START_PERCENT, 130 * 100 / STOP_PERCENT);
+        assert!(!reclaim.is_due(&totals(start), false));
+        assert!(reclaim.is_due(&totals(start - 1), false));
+        assert!(reclaim.is_due(&totals(start), false), "it has begun");
+        assert!(!reclaim.is_due(&totals(stop), false));
+        assert!(!reclaim.is_due(&totals(start), false), "it has ended");
         assert!(reclaim.is_due(&totals(100_000), true), "space is short");
         let mut little = Reclaim::new(&[row(1, &[(2, 63)])]);
         assert!(!little.is_due(&totals(0), false));
         assert!(little.is_due(&totals(0), true));
+    }
+
+    #[test]
+    fn it_yields_less_the_more_is_dead() {
+        let reclaim = Reclaim::new(&[row(1, &[(2, 1000)])]);
+        let yields = |percent| reclaim.yield_ns(&totals(1000 * 100 / percent));
+        assert_eq!(yields(START_PERCENT), YIELD_NS);
+        let between = yields(u64::midpoint(START_PERCENT, PRESSING_PERCENT));
+        assert!(0 < between && between < YIELD_NS);
+        assert_eq!(yields(PRESSING_PERCENT), 0);
+        assert_eq!(yields(50), 0);
     }
 
     #[test]
