@@ -769,6 +769,17 @@ fn what_a_failed_sync_left_in_the_cache_only_is_written_again_by_recovery() {
     let _ = std::fs::remove_dir_all(&scratch);
 }
 
+/// A removal is interrupted after the head has left the snapshot and replaced nodes of it; their segment
+/// goes, and the removal that starts again has to find the rest without them.
+#[test]
+fn removal_that_starts_again_frees_what_lies_beside_nodes_that_are_gone() {
+    let scratch = scratch("pinned-removal");
+    if let Err(what) = simulate(7480, &scratch) {
+        panic!("VHOSTD_SEEDS=7480..7481: {what}");
+    }
+    let _ = std::fs::remove_dir_all(&scratch);
+}
+
 #[test]
 fn every_crash_leaves_a_prefix_with_all_that_was_promised() {
     let scratch = scratch("crash");

@@ -67,6 +67,8 @@ pub enum Reached {
     Node(NodeLocation),
     /// Data blocks at consecutive addresses.
     Blocks(Displaced),
+    /// A node of its own that cannot be had: the walk goes on beside it. Only [`exclusive`] tells it.
+    Lost(NodeLocation),
 }
 
 /// Whether the walk came to its end or its visitor ended it.
@@ -258,6 +260,10 @@ impl<S: NodeSource, V: FnMut(BlockNumber, u64, bool) -> ControlFlow<()>> Differe
 /// Calls `visit` for every node, and every data block, that `root` reaches and none of `others`
 /// does: what dies with a root if these are all others.
 ///
+/// A node of `root` that is gone is told, and what only it led to is not: a removed snapshot's nodes that
+/// its head shared and replaced since may be gone, and what the head replaced with them is dead already.
+/// A node of the others that cannot be had is an error.
+///
 /// Costs what differs from the nearest of the others if that one comes first: the next is looked
 /// at only where all before differ.
 pub fn exclusive<S: NodeSource>(
@@ -291,10 +297,14 @@ impl<S: NodeSource, V: FnMut(Reached) -> ControlFlow<()>> Exclusive<'_, S, V> {
             return Ok(ControlFlow::Continue(()));
         }
         go_on!((self.visit)(Reached::Node(own)));
-        if level == 0 {
-            return self.leaf(own, others, first);
-        }
-        let own = load_inner(self.source, own, level, first)?;
+        let Ok(body) = load(self.source, own, level, first) else {
+            return Ok((self.visit)(Reached::Lost(own)));
+        };
+        let own = match body {
+            Body::Inner(own) => own,
+            Body::Leaf(own) => return self.leaf(&own, others, first),
+            Body::Free => unreachable!("a verified node of level {level} is one"),
+        };
         let mut left: Vec<_> = children(&own).collect();
         let mut seen: Vec<Box<Inner>> = Vec::new();
         for (i, &other) in others.iter().enumerate() {
@@ -321,13 +331,8 @@ impl<S: NodeSource, V: FnMut(Reached) -> ControlFlow<()>> Exclusive<'_, S, V> {
         Ok(ControlFlow::Continue(()))
     }
 
-    fn leaf(
-        &mut self,
-        own: NodeLocation,
-        others: &[NodeLocation],
-        first: u64,
-    ) -> WalkResult<S::Error> {
-        let mut own = addresses(&load_leaf(self.source, own, first)?);
+    fn leaf(&mut self, own: &Leaf, others: &[NodeLocation], first: u64) -> WalkResult<S::Error> {
+        let mut own = addresses(own);
         for &other in others {
             if own.iter().all(|&address| address == 0) {
                 break;

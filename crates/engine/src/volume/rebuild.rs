@@ -531,6 +531,8 @@ impl Rebuild {
         let _ = walk::mark(&mut source, roots, |reached| {
             match reached {
                 Reached::Node(node) => nodes.mark(node),
+                // Marking ends with an error instead.
+                Reached::Lost(_) => {}
                 Reached::Blocks(extent) => {
                     // Blocks of a clone's origin are accounted there.
                     if let Some(log) = logs.get_mut(&extent.address.segment()) {

@@ -87,8 +87,8 @@ pub fn difference(
 /// What `root` reaches and none of the `others` does. Blocks are handed to `blocks` in batches as they are
 /// found; the nodes at the end, in one list.
 ///
-/// A node of `root` that is gone or damaged ends the walk there, without an error: in a removal that is
-/// repeated after a crash, nodes are gone when an earlier run was complete.
+/// A node of `root` that is gone or damaged is no error, and the walk goes on beside it: in a removal that
+/// is repeated after a crash, nodes are gone that died as the head replaced them, or in an earlier run.
 ///
 /// # Errors
 /// A node of the others cannot be read: whether they reach a block is not known.
@@ -116,17 +116,15 @@ pub fn exclusive(
                     blocks(std::mem::take(&mut batch));
                 }
             }
+            Reached::Lost(_) => total.incomplete = true,
         }
         ControlFlow::Continue(())
     });
     if !batch.is_empty() {
         blocks(batch);
     }
-    match walked {
-        Ok(_) => {}
-        Err(error) if nodes.contains(&error.location) => total.incomplete = true,
-        Err(error) => return Err(error.into()),
-    }
+    // It has no reason to end early.
+    let _ = walked?;
     Ok((total, nodes))
 }
 

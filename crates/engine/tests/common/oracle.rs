@@ -49,6 +49,7 @@ fn mark(disk: &SimDisk, roots: &[Option<NodeLocation>]) -> Result<Marks, String>
                 let blocks = first..first + extent.count;
                 marks.blocks.extend(blocks.map(|block| (segment, block)));
             }
+            Reached::Lost(node) => unreachable!("marking has no lost nodes: {node:?}"),
         }
         ControlFlow::Continue(())
     });

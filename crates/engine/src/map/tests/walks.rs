@@ -32,6 +32,7 @@ pub(super) fn check_contents(store: &Store, root: Option<NodeLocation>, blocks: 
         match what {
             Reached::Node(location) => assert!(reached.insert(location), "told twice"),
             Reached::Blocks(extent) => addresses.extend(addresses_of(&extent)),
+            Reached::Lost(location) => panic!("{location:?} is lost"),
         }
         ON
     });
@@ -127,6 +128,7 @@ pub(super) fn check_exclusive(
         match what {
             Reached::Node(location) => assert!(told_nodes.insert(location), "told twice"),
             Reached::Blocks(extent) => told.extend(addresses_of(&extent)),
+            Reached::Lost(location) => panic!("{location:?} is lost"),
         }
         ON
     });
@@ -182,7 +184,7 @@ fn a_walk_reads_what_differs_and_no_more() {
     let _ = walk::exclusive(&mut counted, old, &[new, None], |what| {
         told.extend(match what {
             Reached::Blocks(extent) => Some(extent),
-            Reached::Node(_) => None,
+            Reached::Node(_) | Reached::Lost(_) => None,
         });
         ON
     })
@@ -265,9 +267,50 @@ fn a_node_that_cannot_be_had_is_named_with_its_blocks() {
         true => Err("the disk is gone"),
         false => Ok(store.nodes[&location].clone()),
     };
-    let error = walk::exclusive(&mut broken, new, &[None], |_| ON).unwrap_err();
-    assert_eq!(error.location, leaf);
+    let error = walk::exclusive(&mut broken, old, &[new, new], |_| ON);
+    assert_eq!(error.unwrap(), ON, "what both have is not entered");
+    let error = walk::mark(&mut broken, &[new], |_| ON).unwrap_err();
     let text = error.to_string();
     let place = format!("byte {}: the disk is gone", leaf.offset_bytes);
     assert!(text.ends_with(&place), "{text}");
+}
+
+#[test]
+fn exclusive_goes_on_beside_a_node_that_is_gone() {
+    let (store, [_, new]) = two_trees();
+    let walked = |gone: Option<NodeLocation>| {
+        let mut source = |location: NodeLocation| match Some(location) == gone {
+            true => Err("its segment is gone"),
+            false => Ok(store.nodes[&location].clone()),
+        };
+        let (mut nodes, mut addresses, mut lost) = (HashSet::new(), BTreeSet::new(), Vec::new());
+        let flow = walk::exclusive(&mut source, new, &[None], |what| {
+            match what {
+                Reached::Node(location) => drop(nodes.insert(location)),
+                Reached::Blocks(extent) => addresses.extend(addresses_of(&extent)),
+                Reached::Lost(location) => lost.push(location),
+            }
+            ON
+        });
+        assert_eq!(flow.unwrap(), ON);
+        (nodes, addresses, lost)
+    };
+    let (nodes, addresses, lost) = walked(None);
+    assert_eq!(lost, []);
+    let leaves: Vec<_> = nodes.iter().filter(|at| store.nodes[*at][6] == 0).collect();
+    assert!(leaves.len() > 1);
+    let mut seen = BTreeSet::new();
+    for &leaf in leaves {
+        let (others, rest, lost) = walked(Some(leaf));
+        assert_eq!((lost, others), (vec![leaf], nodes.clone()));
+        assert!(rest.is_subset(&addresses) && rest.len() < addresses.len());
+        seen.extend(rest);
+    }
+    assert_eq!(
+        seen, addresses,
+        "what lies under a leaf is told without the others"
+    );
+    // As in a removal that has come to its end before.
+    let (nodes, addresses, lost) = walked(new);
+    assert_eq!((nodes.len(), addresses.len(), lost.len()), (1, 0, 1));
 }
