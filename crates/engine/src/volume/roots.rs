@@ -22,8 +22,13 @@ const BATCH: usize = 16384;
 
 /// A walk met a node that it cannot do without.
 #[derive(Debug, thiserror::Error)]
-#[error("{0}; run a check with --repair on the pool")]
-pub struct RootsError(#[from] WalkError<io::Error>);
+pub enum RootsError {
+    #[error("{0}; run a check with --repair on the pool")]
+    Node(#[from] WalkError<io::Error>),
+    /// Of the root itself; it may be readable the next time.
+    #[error("a map node cannot be read: {0}; look after the device, and try again")]
+    Read(io::Error),
+}
 
 /// A range of blocks that two roots differ in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +96,8 @@ pub fn difference(
 /// is repeated after a crash, nodes are gone that died as the head replaced them, or in an earlier run.
 ///
 /// # Errors
-/// A node of the others cannot be read: whether they reach a block is not known.
+/// A node of the others cannot be read: whether they reach a block is not known. Or the device failed to
+/// read a node of `root` that is there.
 pub fn exclusive(
     io: &mut dyn Io,
     device: DeviceId,
@@ -102,7 +108,17 @@ pub fn exclusive(
     let mut total = Exclusive::default();
     let mut nodes = Vec::new();
     let mut batch = Vec::new();
-    let mut source = source(BlockingIo::new(io, device));
+    let mut read = source(BlockingIo::new(io, device));
+    let mut unreadable = None;
+    let mut source = |location| {
+        let node = read(location);
+        if let Err(error) = &node
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            unreadable = Some(io::Error::new(error.kind(), error.to_string()));
+        }
+        node
+    };
     let walked = walk::exclusive(&mut source, root, others, |reached| {
         match reached {
             Reached::Node(node) => {
@@ -125,7 +141,10 @@ pub fn exclusive(
     }
     // It has no reason to end early.
     let _ = walked?;
-    Ok((total, nodes))
+    match unreadable {
+        Some(error) if total.incomplete => Err(RootsError::Read(error)),
+        _ => Ok((total, nodes)),
+    }
 }
 
 /// Blocks that a root maps to segments other than `own`.
